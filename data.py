@@ -1,0 +1,432 @@
+"""Cases: a chest CT with lobe, airway and vessel masks and a report, as a folder of arrays that training can map.
+Paper sec. 5.1; the window and the grid are the released code's, the frame and codings are in the README.
+
+    python data.py prepare --ct ct.nii.gz --lobe l.nii.gz --airway a.nii.gz --vessel v.nii.gz --report r.txt --out data/train/case1
+    python data.py check data/train
+
+Arrays are (D,H,W): D inferior -> superior, H posterior -> anterior, W right -> left.
+NIfTI goes in through its closest canonical form and comes out RAS+, so that every viewer overlays the two.
+"""
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+CHANNELS = ("ct", "lobe", "airway", "vessel")
+MASKS = CHANNELS[1:]
+HU = (-1024, 600)                 # window, linear to [-1,1]
+FOV = (292.0, 316.0, 316.0)       # field of view in mm (D,H,W), whatever the grid: 256^3 gives 1.141 x 1.234 x 1.234 mm
+SCALE = 4                         # the low-resolution grid is every fourth voxel of the full one
+LOBES = ("LUL", "LLL", "RUL", "RML", "RLL")   # labels 1..5, lungmask's order
+MAX_BYTES = 4 << 30               # of one NIfTI's voxels; beyond it is a broken or hostile header
+
+
+@contextlib.contextmanager
+def exits():
+    """What every command line shares: wrong input is one line and exit code 2, a failure in mid-run is one line and 1."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as e:
+        code = 2
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    except (RuntimeError, OSError, MemoryError) as e:
+        code = 1
+        print(f"error: {type(e).__name__}: " + " ".join(str(e).split()), file=sys.stderr)
+    else:
+        return
+    raise SystemExit(code)
+
+
+# --- values: HU and labels <-> [-1,1] ---
+
+def encode(name, a):
+    """HU or labels -> [-1,1] float32: CT by the window, airway and vessel {0,1} -> {-1,1}, lobe 0..5 -> -1, -0.6, ... 1."""
+    a = np.asarray(a, np.float32)
+    if name == "ct":
+        return (a.clip(*HU) - HU[0]) * (2 / (HU[1] - HU[0])) - 1
+    return a * (0.4 if name == "lobe" else 2) - 1
+
+
+def decode(name, x):
+    """[-1,1] -> int16 HU, or the nearest label as uint8. RuntimeError if a value is not finite: a cast would hide it."""
+    x = np.asarray(x, np.float32)
+    if not np.isfinite(x).all():
+        raise RuntimeError(f"{name}: {np.count_nonzero(~np.isfinite(x))} values are not finite; nothing is written; try another seed or float32")
+    x = x.clip(-1, 1)
+    if name == "ct":
+        return np.rint((x + 1) * ((HU[1] - HU[0]) / 2) + HU[0]).astype(np.int16)
+    return np.rint((x + 1) / (0.4 if name == "lobe" else 2)).astype(np.uint8)
+
+
+# --- geometry: model grid <-> world ---
+
+def grid_affine(grid, center=(0, 0, 0)):
+    """Model index (d,h,w) -> world mm (x,y,z) RAS+, for a cubic grid over FOV around `center` (world mm).   -> (4,4)"""
+    vd, vh, vw = (f / grid for f in FOV)
+    A = np.array([[0, 0, -vw, 0], [0, vh, 0, 0], [vd, 0, 0, 0], [0, 0, 0, 1.0]])
+    A[:3, 3] = np.asarray(center) - A[:3, :3] @ np.full(3, (grid - 1) / 2)
+    return A
+
+
+def resample(array, affine, out_affine, shape, linear, fill=0):
+    """An array (any orientation, oblique too) sampled on another grid.   array: (X,Y,Z), affine: its index -> world
+    out_affine: output index -> world, shape of the output   linear: trilinear, averaged over sub-voxels where the output
+    is coarser (no aliasing); else nearest   fill: the value outside.   -> float32 array of `shape`
+    """
+    M = np.linalg.inv(affine) @ out_affine                               # output index -> input index
+    source = torch.from_numpy(np.ascontiguousarray(array, np.float32))[None, None] - fill
+    size = torch.tensor(array.shape, dtype=torch.float64)
+    ratio = np.linalg.norm(M[:3, :3], axis=0)                            # input voxels per output voxel, by axis
+    subs = [(np.arange(n) + 0.5) / n - 0.5 for n in (np.rint(ratio).clip(1, 4).astype(int) if linear else (1, 1, 1))]
+    offsets = np.stack(np.meshgrid(*subs, indexing="ij"), -1).reshape(-1, 3)
+    axes = [torch.arange(n, dtype=torch.float64) for n in shape]
+    out = torch.empty(*shape)
+    for d in range(0, shape[0], 16):                                     # in slabs: the coordinates are thrice the volume
+        ijk = torch.stack(torch.meshgrid(axes[0][d:d + 16], *axes[1:], indexing="ij"), -1)
+        total = 0
+        for offset in offsets:
+            where = (ijk + torch.from_numpy(offset)) @ torch.from_numpy(M[:3, :3].T.copy()) + torch.from_numpy(M[:3, 3])
+            where = ((2 * where + 1) / size - 1).flip(-1).float()[None]  # grid_sample's own units, last axis first
+            total = total + F.grid_sample(source, where, "bilinear" if linear else "nearest", align_corners=False)[0, 0]
+        out[d:d + 16] = total / len(offsets)
+    return (out + fill).numpy()
+
+
+# --- NIfTI ---
+
+def load_nifti(path):
+    """A 3D NIfTI in closest canonical (RAS+) order.   -> array (X,Y,Z) float32, affine (4,4)
+
+    ValueError if the file is not whole (nibabel does not check gzip's sum), not 3D, not real-valued, or has no usable geometry.
+    """
+    import nibabel
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a NIfTI (.nii or .nii.gz) is needed; check the path")
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as f:
+            header = nibabel.Nifti1Header.from_fileobj(f, check=True)    # without the voxels yet
+    except (OSError, EOFError, ValueError, nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError) as e:
+        raise ValueError(f"{path}: no readable NIfTI-1 header ({e}); a .nii or .nii.gz volume is needed; convert or copy it again") from None
+    shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+    if len(shape) == 4 and shape[3] == 1:
+        shape = shape[:3]
+    if len(shape) != 3 or min(shape) < 2:
+        raise ValueError(f"{path}: shape {tuple(shape)}; one 3D volume is needed; extract it first")
+    if dtype.kind not in "iuf":
+        raise ValueError(f"{path}: voxels of type {dtype}; real numbers are needed; convert it first")
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: the header claims {shape}, {size / 2**30:.0f} GiB; at most {MAX_BYTES >> 30} GiB; crop it or mend the header")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise ValueError(f"{path}: its affine is not finite or flat; voxels need a place in the world; mend the header")
+    need = int(header.get_data_offset()) + size
+    try:
+        with opener(path, "rb") as f:
+            raw = f.read(need)
+            while opener is gzip.open and f.read(1 << 20):               # to its end, where the check sum is
+                pass
+    except (OSError, EOFError) as e:
+        raise ValueError(f"{path}: damaged ({e}); the whole file is needed; copy it again") from None
+    if len(raw) < need:
+        raise ValueError(f"{path}: {len(raw)} bytes of {need}; the file is cut short; copy it again")
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(raw))
+    array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite; all must be numbers; mend it first")
+    return array, image.affine
+
+
+def save_nifti(path, array, center=(0, 0, 0)):
+    """(D,H,W) int16 HU or uint8 labels -> NIfTI, RAS+, sform and qform code 1, mm. The file appears whole or not at all."""
+    import nibabel
+    A = grid_affine(len(array), center)
+    ras = np.ascontiguousarray(array.transpose(2, 1, 0)[::-1])           # (x,y,z), x towards the right
+    flip = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, len(array) - 1], [0, 0, 0, 1.0]])   # (x,y,z) index -> (d,h,w)
+    image = nibabel.Nifti1Image(ras, A @ flip)
+    image.set_sform(A @ flip, 1)
+    image.set_qform(A @ flip, 1)
+    image.header.set_xyzt_units("mm")
+    write_atomic(path, gzip.compress(image.to_bytes(), 4, mtime=0))
+
+
+def write_atomic(path, data):
+    """Bytes to a file that appears whole or not at all: written beside, forced to disk, renamed."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_channel(name, path, shape_affine=None):
+    """A CT (HU) or mask NIfTI, checked for its kind.   -> array (X,Y,Z), affine"""
+    array, affine = load_nifti(path)
+    if name == "ct":
+        if array.min() >= 0 and array.max() <= 1 or array.max() - array.min() < 100:
+            raise ValueError(f"{path}: values {array.min():g} to {array.max():g}; a CT in Hounsfield units is needed; apply the rescale slope first")
+        return array, affine
+    labels, top = np.unique(array), 5 if name == "lobe" else 1
+    if name != "lobe" and len(labels) == 2 and labels[0] == 0:
+        array, labels = (array > 0).astype(np.float32), np.array([0, 1])  # {0,255} and the like
+    if name == "lobe" and labels[-1] == 14 and set(labels) <= {0, 10, 11, 12, 13, 14}:
+        array, labels = np.where(array > 0, array - 9, 0), np.array([0, 5])  # TotalSegmentator's lobes are lungmask's + 9
+    if labels[-1] == 0:
+        raise ValueError(f"{path}: the {name} mask is empty; a structure is needed; leave the option out instead")
+    if (labels != np.rint(labels)).any() or labels[0] < 0 or labels[-1] > top:
+        raise ValueError(f"{path}: {name} values {labels[0]:g} to {labels[-1]:g}; labels 0..{top} are needed; threshold or relabel it")
+    return array, affine
+
+
+def box_center(array, affine):
+    """World mm of the centre of the bounding box of array > 0, along the array's axes.   -> (3,)"""
+    spans = [np.flatnonzero((array > 0).any(tuple({0, 1, 2} - {k})))[[0, -1]] for k in range(3)]
+    return affine[:3, :3] @ [s.mean() for s in spans] + affine[:3, 3]
+
+
+def to_model(paths, grid, center=None):
+    """NIfTI files -> arrays of the model's grid.   paths: {"ct": ..., "airway": ...}, any subset, each on any grid
+
+    center: world mm of the field of view's centre; by default the lungs' (the lobe mask's bounding box), else the first volume's.
+    -> {name: (D,H,W) int16 or uint8}, center (3 floats)
+    """
+    volumes = {name: load_channel(name, path) for name, path in paths.items()}
+    if center is None:
+        array, affine = volumes.get("lobe") or next(iter(volumes.values()))
+        center = box_center(array if "lobe" in volumes else np.ones(array.shape, bool), affine)
+    A, out = grid_affine(grid, center), {}
+    for name, (array, affine) in volumes.items():
+        a = resample(array, affine, A, (grid,) * 3, linear=name == "ct", fill=HU[0] if name == "ct" else 0)
+        out[name] = np.rint(a.clip(-1024, 3071)).astype(np.int16) if name == "ct" else np.rint(a).astype(np.uint8)
+        if name != "ct" and not out[name].any():
+            raise ValueError(f"{paths[name]}: no voxel of it lies in the field of view around {np.round(center)}; it belongs to another place; pass --center")
+    return out, tuple(float(c) for c in center)
+
+
+# --- the case folder ---
+
+def write_case(folder, ct, lobe, airway, vessel, report, meta):
+    """One case, whole or not at all.   ct: int16 HU (G,G,G), masks: uint8, report: str, meta: what case.json says"""
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder}: exists already; a case is written once; remove it first")
+    arrays = dict(ct=ct.astype(np.int16), lobe=lobe.astype(np.uint8), airway=airway.astype(np.uint8), vessel=vessel.astype(np.uint8))
+    low = np.stack([encode(c, arrays[c][::SCALE, ::SCALE, ::SCALE]) for c in CHANNELS]).astype(np.float16)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        for name, a in {**arrays, "low": low}.items():
+            np.save(part / f"{name}.npy", np.ascontiguousarray(a))
+        (part / "report.txt").write_text(report.strip() + "\n", encoding="utf-8")
+        (part / "case.json").write_text(json.dumps(meta, indent=1) + "\n")
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def cases(folder):
+    """The case folders below `folder`, by name."""
+    return sorted(p.parent for p in Path(folder).glob("*/ct.npy") if not p.parent.name.startswith("."))
+
+
+def read_report(path):
+    """A report as text. ValueError unless it is a readable text file with words in it, under 1 MB."""
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > 1 << 20:
+        raise ValueError(f"{path}: not a file of at most 1 MB; a report is plain text; check the path")
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; a report is plain text; save it as such") from None
+    if not any(c.isalpha() for c in text) or "\0" in text:
+        raise ValueError(f"{path}: no words in it; a report is plain text; write one, or leave the option out")
+    return text
+
+
+def faults(case):
+    """What is wrong with one case folder, each with its mending.   -> list of str, empty when it is sound"""
+    found, shapes = [], {}
+    for name, dtype in dict(ct=np.int16, lobe=np.uint8, airway=np.uint8, vessel=np.uint8, low=np.float16, text=np.float16).items():
+        path = case / f"{name}.npy"
+        if not path.exists():
+            found.append("text.npy missing: run text_encoder.py embed" if name == "text" else f"{name}.npy missing: prepare the case again")
+            continue
+        try:
+            a = np.load(path, mmap_mode="r")
+        except (ValueError, OSError, EOFError):
+            found.append(f"{name}.npy unreadable: prepare the case again")
+            continue
+        shapes[name] = a.shape
+        if a.dtype != dtype:
+            found.append(f"{name}.npy is {a.dtype}, not {np.dtype(dtype)}: prepare the case again")
+        elif name in MASKS:
+            top = int(a.max())
+            if top > (5 if name == "lobe" else 1) or top == 0:
+                found.append(f"{name}.npy has values up to {top}: {'the mask is empty' if top == 0 else 'labels are wrong'}, prepare the case again")
+        elif name == "ct" and (a.min() > -500 or a.max() < 0):
+            found.append(f"ct.npy spans {a.min()}..{a.max()} HU, not a chest: check the rescale slope")
+        elif not np.isfinite(a).all():
+            found.append(f"{name}.npy has values that are not finite: make it again")
+    grid = shapes.get("ct", (0,))
+    if len({shapes[n] for n in CHANNELS if n in shapes}) > 1 or len(grid) != 3 or len(set(grid)) != 1:
+        found.append(f"shapes {shapes}: all must be one cube, prepare the case again")
+    elif shapes.get("low", (4,)) != (4,) + tuple(n // SCALE for n in grid) and "low" in shapes:
+        found.append(f"low.npy is {shapes['low']} for a grid of {grid}: prepare the case again")
+    elif not found:
+        low = np.stack([encode(c, np.load(case / f"{c}.npy", mmap_mode="r")[::SCALE, ::SCALE, ::SCALE]) for c in CHANNELS])
+        if not np.allclose(low, np.load(case / "low.npy"), atol=2e-3):
+            found.append("low.npy is not every fourth voxel of the full arrays: prepare the case again")
+    try:
+        read_report(case / "report.txt")
+    except ValueError as e:
+        found.append(str(e))
+    return found
+
+
+class Cases(Dataset):
+    """An endless, shuffled sequence of cases: item k is decided by (seed, k) alone, so a run resumes anywhere exactly.
+
+    crop None: k, low.npy (4,g,g,g) in [-1,1], text.npy (N,width)               for stage 1, about 2 MB a case
+    crop (d,h,w): k, x0 (4,d,h,w), low (4,d,h,w) by nearest from the low grid   for stage 2, reads the crop only
+    """
+
+    def __init__(self, folders, seed, crop=None):
+        self.folders, self.seed, self.crop = folders, seed, crop
+        need = CHANNELS + ("low",) if crop else ("low", "text")
+        for case in folders:
+            lacking = [n for n in need if not (case / f"{n}.npy").exists()]
+            if lacking:
+                way = "python text_encoder.py embed" if "text" in lacking else "python data.py check"
+                raise ValueError(f"{case}: no {', '.join(n + '.npy' for n in lacking)}; stage {2 if crop else 1} needs them; run {way} {case.parent}")
+        full = np.load(folders[0] / "low.npy", mmap_mode="r").shape[-1] * SCALE
+        if crop and max(crop) > full:
+            raise ValueError(f"crop {crop} is larger than the grid {full}; a crop lies inside; choose --crop again")
+
+    def __len__(self):
+        return len(self.folders)
+
+    def __getitem__(self, k):
+        epoch, i = divmod(k, len(self.folders))
+        case = self.folders[np.random.default_rng((self.seed, epoch)).permutation(len(self.folders))[i]]
+        try:
+            low = torch.from_numpy(np.load(case / "low.npy").astype(np.float32))
+            if not self.crop:
+                return k, low, torch.from_numpy(np.load(case / "text.npy").astype(np.float32))
+            full = [np.load(case / f"{c}.npy", mmap_mode="r") for c in CHANNELS]
+            rng = np.random.default_rng((self.seed, 1, k))
+            start = [int(rng.integers(n - size + 1)) for n, size in zip(full[0].shape, self.crop)]
+            d, h, w = (np.arange(a, a + size) for a, size in zip(start, self.crop))
+            box = tuple(slice(a, a + size) for a, size in zip(start, self.crop))
+            x0 = torch.from_numpy(np.stack([encode(c, a[box]) for c, a in zip(CHANNELS, full)]))
+        except (ValueError, OSError, EOFError) as e:
+            raise RuntimeError(f"{case}: {e}; a case must be whole; run python data.py check {case.parent}") from None
+        return k, x0, low[:, d // SCALE][:, :, h // SCALE][..., w // SCALE]
+
+
+def upsample(low):
+    """Nearest, x4: the low-resolution volume on the full grid (sec. 4.2.2).   (B,C,D,H,W) -> (B,C,4D,4H,4W)"""
+    return F.interpolate(low, scale_factor=SCALE, mode="nearest")
+
+
+# --- pictures ---
+
+def picture(path, volumes, titles, caption=""):
+    """Rows of axial, coronal and sagittal mid-planes, HU [-1024,600], masks outlined: lobes yellow, airway cyan, vessels red.
+
+    volumes: list of (4,D,H,W) in [-1,1]   titles: one a row.   Radiological view: the patient's right is on the left.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(volumes), 3, figsize=(9, 3 * len(volumes) + 0.3 * bool(caption)), squeeze=False, facecolor="black")
+    for row, x, title in zip(axes, volumes, titles):
+        x = np.asarray(x, np.float32)
+        _, D, H, W = x.shape
+        air = np.argwhere(x[2] > 0)                                      # planes through the carina, where there is one
+        d, h, w = (int(np.median(air[:, 0])), int(np.median(air[:, 1])), W // 2) if len(air) else (D // 2, H // 2, W // 2)
+        aspects = [(FOV[1] / H) / (FOV[2] / W), (FOV[0] / D) / (FOV[2] / W), (FOV[0] / D) / (FOV[1] / H)]
+        planes = [x[:, d, ::-1], x[:, ::-1, h], x[:, ::-1, :, w][..., ::-1]]   # anterior up; superior up; anterior left
+        for ax, plane, aspect, name in zip(row, planes, aspects, ("axial", "coronal", "sagittal")):
+            ax.imshow(plane[0], cmap="gray", vmin=-1, vmax=1, aspect=aspect)
+            for m, color in ((1, "gold"), (3, "red"), (2, "cyan")):
+                levels = [-0.8, -0.4, 0, 0.4, 0.8] if m == 1 else [0]
+                if plane[m].max() > levels[0] > plane[m].min():
+                    ax.contour(plane[m], levels, colors=color, linewidths=0.6)
+            ax.set_axis_off()
+            ax.set_title(f"{title}, {name}" if ax is row[0] else name, color="white", fontsize=8)
+    fig.text(0.01, 0.005, caption, color="white", fontsize=7)
+    fig.tight_layout()
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=100, facecolor="black")
+    plt.close(fig)
+    write_atomic(path, buffer.getvalue())
+
+
+# --- commands ---
+
+def prepare(args):
+    """NIfTI files and a report -> one case folder."""
+    report = read_report(args.report)
+    arrays, center = to_model({c: getattr(args, c) for c in CHANNELS}, args.grid, args.center)
+    voxel = [round(f / args.grid, 4) for f in FOV]
+    meta = dict(source={c: Path(getattr(args, c)).name for c in CHANNELS}, grid=args.grid, center_ras_mm=center,
+                affine=grid_affine(args.grid, center).tolist(), voxels={c: int((arrays[c] > 0).sum()) for c in MASKS})
+    write_case(args.out, **arrays, report=report, meta=meta)
+    picture(Path(args.out) / "preview.png", [np.stack([encode(c, arrays[c]) for c in CHANNELS])], [Path(args.out).name])
+    print(f"wrote {args.out}: {args.grid}^3, voxel {voxel} mm (D,H,W), centre {np.round(center, 1).tolist()} mm, voxels {meta['voxels']}")
+
+
+def check(args):
+    """Every case of a folder: what is wrong and how to mend it. Exit 2 if any is not sound."""
+    folders = cases(args.folder)
+    broken = sorted({p for p in Path(args.folder).glob("*") if p.is_dir()} - set(folders)) if Path(args.folder).is_dir() else []
+    wrong = 0
+    for case in folders + broken:
+        found = faults(case)
+        wrong += bool(found)
+        print(f"{case.name}: " + ("; ".join(found) if found else "sound"))
+    if not folders or wrong:
+        raise ValueError(f"{args.folder}: {wrong} of {len(folders) + len(broken)} cases are not sound; all must be; mend or remove them")
+    print(f"{args.folder}: {len(folders)} cases, all sound")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    sub = p.add_subparsers(dest="command", required=True)
+    q = sub.add_parser("prepare", help="NIfTI files and a report -> one case folder", allow_abbrev=False)
+    for name in CHANNELS + ("report",):
+        q.add_argument("--" + name, required=True, metavar="FILE")
+    q.add_argument("--out", required=True, metavar="FOLDER", help="the case folder to write")
+    q.add_argument("--grid", type=int, default=256, help="256 (paper) or 128 (demo)")
+    q.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm; default the lungs'")
+    q.set_defaults(run=prepare)
+    q = sub.add_parser("check", help="validate a folder of cases", allow_abbrev=False)
+    q.add_argument("folder")
+    q.set_defaults(run=check)
+    args = p.parse_args(argv)
+    with exits():
+        if getattr(args, "grid", SCALE) % SCALE or getattr(args, "grid", SCALE) < SCALE:
+            raise ValueError(f"--grid {args.grid}; a positive multiple of {SCALE} is needed; use 256 or 128")
+        args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,497 @@
+"""A procedural thorax with its radiology report: the built-in data set, so that every command runs without patients.
+The anatomy is our own schematic, not from the paper: shapes are formulas in mm, so a seed means the same chest on every grid.
+    python phantom.py --out data/train --n 512
+"""
+import argparse
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import FOV, exits, write_case
+
+# Frame: z inferior -> superior, y posterior -> anterior, x right -> left, in mm from the centre of the field of view; points are (z, y, x).
+LOBES = {"LUL": 1, "LLL": 2, "RUL": 3, "RML": 4, "RLL": 5}
+LOBE_WORDS = {"LUL": "left upper lobe", "LLL": "left lower lobe", "RUL": "right upper lobe", "RML": "right middle lobe", "RLL": "right lower lobe"}
+FLUID_ML = {"small": (70, 160), "moderate": (350, 550), "large": (950, 1450)}   # total over both sides, before the cap per side
+FLUID_SHARE = 0.7                               # no effusion fills more of one pleural cavity than this: some lung is left to see
+HU = dict(air=-1000, fat=-100, skin=20, muscle=55, marrow=320, cortex=520, disc=90, cartilage=110, liver=100, blood=190, fluid=5,
+          lung=-860, wall=-20, lumen=-995, bulla=-992, nodule=40, fissure=-640)
+NOISE_HU = 9.0                                  # so low that a normal lung stays above -950 HU
+
+# Report sentences: wording -> topic -> templates. A topic starting with "!" is the Impression's line. The two wordings share no template.
+SENTENCES = {
+    "train": {
+        "effusion": ["There is a {size} {side} pleural effusion.", "A {size} pleural effusion is present on the {side}.",
+                     "{Size} {side} pleural effusion layering posteriorly.", "{Size} amount of pleural fluid on the {side}."],
+        "effusion both": ["There are {size} bilateral pleural effusions.", "Bilateral pleural effusions are present, {size} in total.",
+                          "{Size} pleural effusions on both sides, layering posteriorly."],
+        "no effusion": ["No pleural effusion is seen.", "There is no evidence of pleural effusion on either side.",
+                        "Both costophrenic angles are free of fluid.", "No pleural effusion."],
+        "cardiomegaly": ["The heart is enlarged.", "There is cardiomegaly with a cardiothoracic ratio of {ctr:.2f}.",
+                         "Cardiomegaly is present.", "The cardiac silhouette is markedly enlarged."],
+        "no cardiomegaly": ["The heart is normal in size.", "Heart size is within normal limits.", "No cardiomegaly.",
+                            "The cardiothoracic ratio is normal at {ctr:.2f}."],
+        "bullae": ["Multiple thin-walled bullae are seen, mainly in the upper lobes.", "There are bullous changes in both upper lobes.",
+                   "Several subpleural bullae are present in the upper lobes."],
+        "no bullae": ["No bullae are seen.", "There is no emphysema or bullous change.", "No evidence of bullae in either lung."],
+        "consolidation": ["There is consolidation in the {lobe} with air bronchograms.", "Patchy consolidation of the {lobe}.",
+                          "The {lobe} shows airspace consolidation."],
+        "no consolidation": ["No consolidation is seen.", "The lungs are clear of consolidation.", "There is no focal airspace opacity."],
+        "nodule": ["There is a {mm} mm nodule in the {lobe}.", "A solid nodule of {mm} mm is present in the {lobe}.",
+                   "Single pulmonary nodule in the {lobe}, {mm} mm."],
+        "nodules": ["There are {count} pulmonary nodules, the largest {mm} mm in the {lobe}.",
+                    "{Count} solid nodules are present, up to {mm} mm, the largest in the {lobe}."],
+        "no nodules": ["No pulmonary nodules.", "No suspicious pulmonary nodule is seen.", "There is no nodule or mass in the lungs."],
+        "normal": ["The trachea and main bronchi are patent.", "The aorta is of normal calibre.", "No enlarged mediastinal lymph nodes.",
+                   "No acute bony abnormality.", "The pulmonary arteries are well opacified.", "The upper abdomen is unremarkable."],
+        "!effusion": ["{Size} {side} pleural effusion."], "!effusion both": ["{Size} bilateral pleural effusions."],
+        "!cardiomegaly": ["Cardiomegaly.", "Enlarged heart."], "!bullae": ["Bullous emphysema.", "Upper lobe bullae."],
+        "!consolidation": ["Consolidation of the {lobe}.", "{Lobe} pneumonia."],
+        "!nodule": ["Pulmonary nodule in the {lobe}."], "!nodules": ["{Count} pulmonary nodules."],
+        "!normal": ["Normal chest CT.", "No acute cardiopulmonary abnormality.", "Unremarkable examination of the chest."]},
+    "held-out": {
+        "effusion": ["{Size} fluid collection within the {side} pleural space.", "The {side} hemithorax contains a {size} effusion.",
+                     "Dependent fluid, {size} in volume, is noted in the {side} pleural cavity."],
+        "effusion both": ["{Size} fluid collections within both pleural spaces.", "The right and left hemithorax each contain fluid, {size} overall."],
+        "no effusion": ["The pleural spaces are dry.", "Neither side shows pleural fluid.", "The pleural cavities contain no fluid."],
+        "cardiomegaly": ["Cardiac enlargement is noted.", "The heart size is increased, occupying {ctr:.0%} of the thoracic width."],
+        "no cardiomegaly": ["The heart is not enlarged.", "Cardiac dimensions are unremarkable."],
+        "bullae": ["Large air-filled spaces with thin walls replace parts of the upper lungs.", "Bullous emphysema with apical predominance is noted."],
+        "no bullae": ["No cystic air spaces are identified.", "The lung parenchyma is free of bullous disease."],
+        "consolidation": ["Dense opacification of the {lobe} with open bronchi inside.", "An airspace opacity occupies much of the {lobe}."],
+        "no consolidation": ["The lungs are well aerated throughout.", "No pneumonic infiltrate is identified."],
+        "nodule": ["A round lesion measuring {mm} mm lies in the {lobe}.", "Within the {lobe}, a solitary {mm} mm nodule is noted."],
+        "nodules": ["{Count} round lesions are scattered in the lungs; the biggest, in the {lobe}, measures {mm} mm."],
+        "no nodules": ["No round lesion is identified in the lungs.", "The lungs show no nodular lesion."],
+        "normal": ["The central airways are open.", "The thoracic aorta is not dilated.", "No lymphadenopathy.", "The skeleton is intact."],
+        "!effusion": ["Pleural fluid on the {side}, {size}."], "!effusion both": ["Pleural fluid on both sides, {size}."],
+        "!cardiomegaly": ["Increased heart size."], "!bullae": ["Bullous lung disease."],
+        "!consolidation": ["Airspace disease, {lobe}."], "!nodule": ["Solitary nodule, {lobe}."], "!nodules": ["Several lung nodules ({count})."],
+        "!normal": ["No abnormality identified.", "Chest within normal limits."]}}
+SIZES = {"train": {s: s for s in FLUID_ML}, "held-out": {"small": "minor", "moderate": "medium-sized", "large": "extensive"}}
+
+
+def draw_conditions(rng, **given):
+    """The findings of a case: those given, the rest drawn with a clinic's (rough) prevalences. Returns a dict of plain values."""
+    rules = {"effusion": ("none", "left", "right", "both"), "effusion_size": (None, *FLUID_ML), "cardiomegaly": (False, True),
+             "bullae": (False, True), "consolidation": (None, *LOBES), "nodules": (0, 1, 2, 3, 4)}
+    for key, value in given.items():
+        if key not in rules:
+            raise ValueError(f"unknown condition {key!r}; conditions are {', '.join(rules)}; use one of them")
+        if value not in rules[key]:
+            raise ValueError(f"{key}={value!r}; {key} is one of {rules[key]}; choose one of them")
+    # Everything is drawn, also what is then overruled: giving one condition leaves the rest of the chest as the seed has it.
+    side = str(rng.choice(["left", "right", "both"]))
+    drawn = {"effusion": side if rng.random() < 0.45 or given.get("effusion_size") else "none", "effusion_size": str(rng.choice(list(FLUID_ML))),
+             "cardiomegaly": bool(rng.random() < 0.35), "bullae": bool(rng.random() < 0.2),
+             "consolidation": str(rng.choice(list(LOBES))) if rng.random() < 0.3 else None,
+             "nodules": int(rng.choice(5, p=[0.6, 0.2, 0.1, 0.06, 0.04]))}
+    drawn.update({k: v for k, v in given.items() if not (k == "effusion_size" and v is None)})
+    if drawn["effusion"] == "none":
+        drawn["effusion_size"] = None
+    if drawn["effusion_size"] == "large" and "consolidation" not in given and drawn["consolidation"] in ("LLL", "RLL"):
+        drawn["consolidation"] = drawn["consolidation"][0] + "UL"          # so much fluid leaves too little of a lower lobe to show it
+    return drawn
+
+
+def draw_anatomy(rng, cardiomegaly):
+    """One person's measures, mm: a dict that the shape functions below read."""
+    u = rng.uniform
+    a = dict(width=u(118, 128), depth=u(80, 88), apex=u(110, 118), body=u(19, 25), fat=u(8, 15), dome=(u(-52, -42), u(-62, -52)),
+             oblique=(u(-20, -8), u(-24, -10)), slope=u(1.0, 1.25), horizontal=u(2, 12), wobble=u(0, 6.28, 4), ribs=u(0, 24), disc=u(0, 24),
+             rib_slant=u(0.4, 0.55), carina=np.array([u(27, 35), -20.0, u(-3, 1)]), trachea=u(7.4, 9.0), blood=HU["blood"] + u(-10, 15))
+    # The heart: an ellipsoid whose long axis points left, forward and down, scaled so that its widest axial width gives the wanted ratio.
+    ratio = u(0.56, 0.70) if cardiomegaly else u(0.40, 0.49)
+    axes, _ = np.linalg.qr(np.array([[-0.45, 0.42, 0.8], [0.9, 0.1, 0.4], [0.0, 1.0, -0.5]]).T + u(-0.05, 0.05, (3, 3)))
+    q = axes @ np.diag(1 / np.array([1.0, *(u(0.74, 0.82, 2) - 0.12 * cardiomegaly)]) ** 2) @ axes.T
+    half = ratio * a["width"]
+    q *= (np.sqrt(np.linalg.inv(q[1:, 1:])[1, 1]) / half) ** 2             # a central section is an ellipsoid's widest
+    height = np.sqrt(np.linalg.inv(q)[0, 0])
+    a["heart"], a["heart_at"] = q, np.array([-84 + 0.76 * height, u(18, 24), 0.28 * half + u(-2, 3)])
+    return a
+
+
+def wall_distance(a, z, y, x):
+    """mm outside (+) or inside (-) the inner chest wall, measured in the axial plane. z, y, x: broadcastable, mm."""
+    t = np.clip((z + 40) / (a["apex"] + 40), 0, 1)
+    s = np.sqrt(np.maximum(1 - t ** 2.6, 4e-4))                            # the section shrinks to nothing at the apex
+    y = y + 18 * t ** 2                                                    # and moves backwards
+    rho = (np.abs(x / (a["width"] * s)) ** 2.5 + np.abs(y / (a["depth"] * s)) ** 2.5 + 1e-6) ** 0.4
+    return np.sqrt(x * x + y * y) * (1 - 1 / rho)
+
+
+def diaphragm(a, y, x):
+    """Height z of the diaphragm, mm: two domes, the right one higher, with deep sulci at the wall."""
+    fall = ((y - 8) / 85) ** 2
+    return np.maximum(*(top - 42 * (((x - c) / 72) ** 2 + fall) for top, c in zip(a["dome"], (-62, 62))))
+
+
+def heart_form(a, z, y, x):
+    """Quadratic form of the heart: < 1 inside."""
+    (z, y, x), q = (v - c for v, c in zip((z, y, x), a["heart_at"])), a["heart"]
+    return q[0, 0] * z * z + q[1, 1] * y * y + q[2, 2] * x * x + 2 * (q[0, 1] * z * y + q[0, 2] * z * x + q[1, 2] * y * x)
+
+
+def clear_of_heart(a, p):
+    """The point (3,) itself or, where the heart is in its way, pushed straight out of it."""
+    form = heart_form(a, *p)
+    return p if form > 1.4 else a["heart_at"] + (p - a["heart_at"]) * np.sqrt(1.4 / form)
+
+
+def fissures(a, z, y, x):
+    """mm above the left oblique, right oblique and right horizontal fissure: curved sheets z = f(y, x)."""
+    w = a["wobble"]
+    bend = lambda i: 9 * np.sin(y / 36 + w[i]) + 6 * np.sin(np.abs(x) / 30 + w[i + 1])
+    left, right = (z - (h - a["slope"] * y + bend(2 * i)) for i, h in enumerate(a["oblique"]))
+    return left, right, z - (a["horizontal"] - 0.12 * y + 3 * np.sin(x / 25 + w[0]))
+
+
+def lobe_labels(a, z, y, x, wall=None):
+    """Lobe 0..5 (uint8) at every point; z, y, x: broadcastable, mm. Serves single points and whole grids alike."""
+    wall = wall_distance(a, z, y, x) if wall is None else wall
+    hilum = 10 * np.exp(-((z - 14) / 26) ** 2 - ((y + 10) / 26) ** 2)      # the mediastinum bulges at the lung roots
+    middle = 20 + hilum - 13 / (1 + np.exp((35 - y) / 6))                  # and narrows behind the sternum, where the lungs almost meet
+    lung = (wall < 0) & (z > diaphragm(a, y, x)) & (np.abs(x) > middle) & (heart_form(a, z, y, x) > 1.12)
+    left, right, horizontal = fissures(a, z, y, x)
+    return np.where(x > 0, np.where(left > 0, 1, 2), np.where(right < 0, 5, np.where(horizontal > 0, 3, 4))).astype(np.uint8) * lung
+
+
+def grow(rng, start, points, radius, shrink, depth):
+    """A tree that fills a cloud: walk half-way to its centroid, cut the cloud in two, grow a branch into each half.
+    points: (n,3) mm. Returns segments (p, q, radius at p, radius at q); shrink is the radius from one generation to the next."""
+    end = start + rng.uniform(0.42, 0.58) * (points.mean(0) - start)
+    segments = [(start, end, radius, radius * (1 + shrink) / 2)]
+    if depth == 0 or len(points) < 4:
+        return segments
+    along = (end - start) / np.linalg.norm(end - start)
+    across = points - points.mean(0)
+    across = across - np.outer(across @ along, along)                      # cut where the cloud is widest across the branch
+    side = across @ (np.linalg.svd(across, full_matrices=False)[2][0] + rng.normal(0, 0.2, 3))
+    cut = np.quantile(side, rng.uniform(0.38, 0.62))
+    for half in (points[side <= cut], points[side > cut]):
+        segments += grow(rng, end, half, radius * shrink * rng.uniform(0.93, 1.07), shrink, depth - 1)
+    return segments
+
+
+def chain(points, radius):
+    """A bent tube of one radius through the points, as segments."""
+    points = [np.asarray(p, float) for p in points]
+    return [(p, q, radius, radius) for p, q in zip(points, points[1:])]
+
+
+def draw_trees(rng, a, cloud, labels):
+    """Airways, pulmonary vessels (inside the lungs) and great vessels as segment lists. cloud: (n,3) points in the lungs, labels: (n,)."""
+    c = a["carina"]
+    right, inter, left = c + (-10, -1, -27), c + (-29, 1, -34), c + (-16, -3, 42)      # ends of main bronchi and bronchus intermedius
+    roots = {1: left, 2: left, 3: right, 4: inter, 5: inter}
+    airways = [(np.array([150.0, -8, 0]), c, a["trachea"], a["trachea"])] + chain([c, right], 6.0) + chain([c, left], 5.5) + chain([right, inter], 5.0)
+    vessels = []
+    for label, root in roots.items():
+        points = cloud[labels == label]
+        airways += grow(rng, root, points[::2], 4.0, 0.74, 3)
+        # Arteries run in front of and above their bronchus, veins come in below: three trees that keep out of each other's way.
+        vessels += grow(rng, root + (5, 9, 0), points[1::2], 5.6, 0.8, 6) + grow(rng, root + (-9, 6, 0), points[::-2], 5.0, 0.8, 6)
+    top = c[0] + 24
+    aorta = chain([(a["heart_at"][0] + 15, 22, -4), (c[0] - 2, 26, -14), (top - 8, 20, -10), (top, 4, 2), (top - 4, -16, 14),
+                   (top - 14, -32, 21), (c[0], -40, 22), (-150, -38, 16)], rng.uniform(11.5, 13.5))
+    trunk = chain([(a["heart_at"][0] + 15, 38, 18), (c[0] - 8, 24, 16)], 13) + chain([(c[0] - 8, 24, 16), left + (6, 9, 0)], 9) \
+        + chain([(c[0] - 8, 24, 16), (c[0] - 12, 6, -6), right + (5, 9, 0)], 9)
+    aside = lambda tree: [(clear_of_heart(a, p), clear_of_heart(a, q), r, s) for p, q, r, s in tree]
+    return aside(airways), aside(vessels), aorta, trunk
+
+
+def tube_depth(axes, segments, reach):
+    """mm inside (+) or outside (-) the nearest tube or, where both ends coincide, ball; -reach far away. (D,H,W) float32.
+    No tube is thinner than 0.7 voxels (at most 1.75 mm), so that trees stay connected from 128^3 upwards."""
+    steps = [v[1] - v[0] for v in axes]
+    thin, out = min(0.7 * max(steps), 1.75), np.full([len(v) for v in axes], -reach, np.float32)
+    for p, q, r0, r1 in segments:
+        r0, r1 = max(r0, thin), max(r1, thin)
+        lo, hi = np.minimum(p, q) - max(r0, r1) - reach, np.maximum(p, q) + max(r0, r1) + reach
+        box = tuple(slice(max(0, int((l - v[0]) / s)), max(0, int((h - v[0]) / s) + 2)) for v, s, l, h in zip(axes, steps, lo, hi))
+        z, y, x = (v[b].astype(np.float32).reshape(np.roll((-1, 1, 1), i)) - np.float32(o) for i, (v, b, o) in enumerate(zip(axes, box, p)))
+        d = (q - p).astype(np.float32)
+        t = np.clip((z * d[0] + y * d[1] + x * d[2]) / max(float(d @ d), 1e-6), 0, 1).astype(np.float32)
+        depth = r0 + (r1 - r0) * t - np.sqrt((z - t * d[0]) ** 2 + (y - t * d[1]) ** 2 + (x - t * d[2]) ** 2)
+        np.maximum(out[box], depth, out=out[box])
+    return out
+
+
+def waves(rng, z, y, x, scale, n=6):
+    """A smooth random field of about unit variance; scale: mm. Separable waves, so that every grid samples the same field."""
+    total = 0
+    for _ in range(n):
+        k, phase = rng.normal(0, 1 / scale, 3), rng.uniform(0, 6.28, 3)
+        total = total + np.sin(k[0] * z + phase[0]) * np.sin(k[1] * y + phase[1]) * np.sin(k[2] * x + phase[2])
+    return (total * np.sqrt(8 / n)).astype(np.float32)
+
+
+def paint_body(a, z, y, x, wall):
+    """CT of all but the lungs' contents and the vessels, (D,H,W) float32 HU."""
+    neck = 1 / (1 + np.exp((z - 138) / 14))                               # shoulders narrow towards the neck
+    bw, bd = (a["width"] + a["body"]) * (0.5 + 0.5 * neck), (a["depth"] + a["body"]) * (0.62 + 0.38 * neck)
+    rho = (np.abs(x / bw) ** 2.6 + np.abs((y + 4) / bd) ** 2.6 + 1e-6) ** (1 / 2.6)
+    skin = np.sqrt(x * x + (y + 4) ** 2) * (1 / rho - 1)                   # mm under the skin
+    ct = np.full(wall.shape, HU["air"], np.float32)
+    ct[skin > 0], ct[skin > 2], ct[skin > a["fat"]] = HU["skin"], HU["fat"], HU["muscle"]
+
+    along = z + a["rib_slant"] * (y + 90)                                  # constant along a rib, which falls from back to front
+    rib = (((along + a["ribs"]) % 24 - 12) / 5.5) ** 2 + ((wall - 5) / 4) ** 2
+    ribs = (rib < 1) & (along < a["apex"] + 30) & (skin > 4)
+    ct[ribs] = HU["cortex"] - 120
+    ct[ribs & (np.abs(x) < 45) & (y > 0)] = HU["cartilage"]
+    ct[(wall > 2) & (wall < 11) & (np.abs(x) < 15) & (y > 0) & (np.abs(z - 10) < 68)] = HU["marrow"] + 30          # sternum
+    ct[(wall > 11) & (wall < 16) & (skin > 6) & (y < -35) & (np.abs(np.abs(x) - 82) < 30 - 0.2 * (105 - z)) & (np.abs(z - 60) < 45)] = HU["cortex"] - 80
+
+    dome = diaphragm(a, y, x)
+    belly = (wall < 0) & (z < dome)
+    ct[(wall < 0) & ~belly] = -70                                          # mediastinal fat, until the lungs are painted
+    ct[belly] = HU["fat"]
+    ct[belly & (x < 25 - 0.4 * (y - 30) + 0.9 * (z + 100))] = HU["liver"]
+    ct[belly & (((x - 84) / 32) ** 2 + ((y + 32) / 38) ** 2 + ((z + 108) / 34) ** 2 < 1)] = 120                    # spleen
+    stomach = ((x - 60) / 36) ** 2 + ((y - 28) / 36) ** 2 + ((z + 104) / 30) ** 2
+    ct[belly & (stomach < 1)] = HU["muscle"]
+    ct[belly & (stomach < 0.8)] = 20
+    ct[belly & (stomach < 0.8) & (y > 32)] = -950                          # the bubble rises to the front in a patient lying on the back
+    ct[belly & (z > dome - 4)] = HU["muscle"]
+
+    back = -64 + 8 * (z / 146) ** 2                                        # centre of the vertebral bodies along the spine's curve
+    level = (z + a["disc"]) % 24
+    round_, near = np.sqrt(((y - back) / 13) ** 2 + (x / 17) ** 2), np.sqrt((y - back + 21) ** 2 + x * x)
+    ct[round_ < 1.25] = HU["muscle"]
+    ct[round_ < 1] = HU["cortex"]
+    ct[round_ < 0.84] = HU["marrow"]
+    ct[(round_ < 1) & (level < 5)] = HU["disc"]
+    ct[(near < 12) & (round_ > 1)] = HU["cortex"] - 60
+    ct[near < 8] = 20                                                      # spinal canal
+    slanted = (z - 0.7 * (y - back) + a["disc"]) % 24
+    ct[(np.abs(x) < 3.5) & (y < back - 31) & (y > back - 46) & (slanted > 9) & (skin > 4)] = HU["cortex"] - 60
+    ct[(np.abs(y - back + 20) < 4) & (np.abs(x) < 30) & (np.abs(x) > 10) & (np.abs(level - 14) < 5)] = HU["cortex"] - 60
+    return ct
+
+
+def effusion(side_ml, lobe, wall, z, y, x, voxel_ml):
+    """Free fluid of a patient lying on the back. side_ml: {"left": mL, "right": mL}. Returns bool (D,H,W).
+    Fills each side to the exact volume: voxels sorted by height, with a meniscus that climbs the chest wall and lung held up at its root."""
+    root = 80 * np.exp(-((np.abs(x) - 38) ** 2 + (y + 38) ** 2 + (z + 8) ** 2) / 1800)
+    height = y + 0.25 * z - 14 * np.exp(np.minimum(wall, 0) / 9) + root
+    out = np.zeros(lobe.shape, bool)
+    for side, ml in side_ml.items():
+        cavity = (lobe > 0) & (x > 0 if side == "left" else x < 0)
+        values = height[cavity]
+        count = int(round(min(ml / voxel_ml, FLUID_SHARE * len(values))))
+        if count:
+            out |= cavity & (height <= np.partition(values, count - 1)[count - 1])
+    return out
+
+
+def draw_bullae(rng, a, cloud, labels, lung_mm3, free):
+    """Air pockets as balls (p, p, r, r) under the pleura of the upper lobes, until they hold 3 to 11 % of the lungs."""
+    # About a quarter of such a ball hangs out of its lung, hence the factor.
+    target, balls = rng.uniform(0.03, 0.11) * lung_mm3 * 1.4, []
+    depth = -wall_distance(a, *cloud.T)
+    places = cloud[np.isin(labels, (1, 3)) & (depth > 6) & (depth < 26)]
+    for p, r in zip(places, rng.uniform(12, 30, len(places))):
+        if target > 0 and free(p) and all(np.linalg.norm(p - q) > 0.75 * (r + s) for q, _, s, _ in balls):
+            balls.append((p, p, r, r))
+            target -= 4.19 * r ** 3
+    return balls
+
+
+def draw_nodules(rng, a, cloud, count, bullae, free):
+    """Nodules as balls (p, p, r, r), largest first, in aerated lung away from wall, heart, bullae and each other."""
+    balls = []
+    for r in np.sort(rng.uniform(4, 12, count))[::-1]:
+        fits = lambda p: (wall_distance(a, *p) < -r and free(p) and heart_form(a, *p) > 1.6
+                          and all(np.linalg.norm(p - q) > r + s + 4 for q, _, s, _ in bullae + balls))
+        p = next(p for p in cloud[::-1] if fits(p))
+        balls.append((p, p, r, r))
+    return balls
+
+
+def make(seed, grid=128, wording="train", **conditions):
+    """One schematic chest (not from the paper) with its report; the same seed and conditions give the same bytes.
+
+    conditions: effusion "none" | "left" | "right" | "both"; effusion_size "small" | "moderate" | "large" (about 0.1, 0.45, 1.2 L over both sides);
+    cardiomegaly, bullae: bool; consolidation None | "LUL" | "LLL" | "RUL" | "RML" | "RLL"; nodules 0..4. Those not given are drawn by the seed.
+    Returns ct int16 HU, lobe uint8 0..5, airway and vessel uint8 0/1, all (grid,grid,grid) over FOV mm; report str; truth, a dict of measurements
+    on these arrays (plain types); masks {heart, thorax, effusion} bool, for validation only."""
+    if wording not in SENTENCES:
+        raise ValueError(f"wording {wording!r}; wordings are {', '.join(SENTENCES)}; choose one of them")
+    if grid < 16:
+        raise ValueError(f"grid {grid}; a chest needs at least 16 voxels a side; 64, 128 and 256 are usual")
+    rng = np.random.default_rng(seed)
+    found = draw_conditions(rng, **conditions)
+    # Own streams for own matters: a change of one finding or of the grid leaves everything else in its place.
+    body_rng, tree_rng, finding_rng, patch_rng, text_rng, noise_rng = (np.random.default_rng([seed, i]) for i in range(6))
+    a = draw_anatomy(body_rng, found["cardiomegaly"])
+    cloud = body_rng.uniform(-0.5, 0.5, (20000, 3)) * FOV
+    labels = lobe_labels(a, *cloud.T)
+    cloud, labels, lung_mm3 = cloud[labels > 0], labels[labels > 0], float(np.mean(labels > 0) * np.prod(FOV))
+    airways, vessels, aorta, trunk = draw_trees(tree_rng, a, cloud, labels)
+
+    axes = [(np.arange(grid) + 0.5) * f / grid - f / 2 for f in FOV]
+    h, voxel_ml = max(FOV) / grid, float(np.prod(FOV)) / grid ** 3 / 1000
+    z, y, x = (v.astype(np.float32).reshape(np.roll((-1, 1, 1), i)) for i, v in enumerate(axes))
+    share = lambda depth: np.clip(depth / h + 0.5, 0, 1)                   # part of a voxel that lies inside, from its centre's depth
+    wall = wall_distance(a, z, y, x).astype(np.float32)
+    ct = paint_body(a, z, y, x, wall)
+    form, chest = heart_form(a, z, y, x), (wall < 0) & (z > diaphragm(a, y, x))
+    heart = (form < 1) & (wall < -4) & (z > diaphragm(a, y, x) - 14)
+    great = np.maximum(tube_depth(axes, aorta, 4), tube_depth(axes, trunk, 4))
+    clavicles = [(np.array([82.0, 50, 14 * s]), np.array([104.0, 10, 112 * s]), 6, 6) for s in (-1, 1)]
+    ct[(tube_depth(axes, clavicles, 1) > 0) & (ct > HU["fat"]) & (wall > 0)] = HU["cortex"] - 80
+    lobe = lobe_labels(a, z, y, x, wall) * (great < -2)                    # fat keeps the lung 2 mm off the great vessels
+    ct[(great > 0) & ~(ct > 200)] = a["blood"]
+    ct[heart] = a["blood"]
+
+    # Lung: aerated tissue, denser towards the back where it hangs on itself, with fissures, vessels and the disease in it.
+    side_ml, sides = {}, {"none": [], "both": ["left", "right"]}.get(found["effusion"], [found["effusion"]])
+    total, part = finding_rng.uniform(0, 1), finding_rng.uniform(0.38, 0.62)
+    if sides:
+        low, high = FLUID_ML[found["effusion_size"]]
+        side_ml = {s: (low + (high - low) * total) * (1 if len(sides) == 1 else p) for s, p in zip(sides, (part, 1 - part))}
+    fluid = effusion(side_ml, lobe, wall, z, y, x, voxel_ml)
+    pleura = (lobe > 0) & ~fluid                                           # what is left for the lungs
+    lung = HU["lung"] - 0.32 * y + 9 * waves(body_rng, z, y, x, 14)
+    oblique_left, oblique_right, horizontal = fissures(a, z, y, x)
+    tilt = np.hypot(1, a["slope"])                                         # from height above a sloping sheet to distance from it
+    gap = np.where(x > 0, np.abs(oblique_left) / tilt, np.minimum(np.abs(oblique_right) / tilt, np.where(oblique_right > 0, np.abs(horizontal), 99)))
+    lung += (HU["fissure"] - HU["lung"]) * np.exp(-(gap / (0.5 * h)) ** 2) * min(1.0, 1.5 / h)      # a sheet 1.5 mm thick, thinned by the voxel
+    if found["consolidation"]:
+        field = waves(patch_rng, z, y, x, 20)
+        inside = pleura & (lobe == LOBES[found["consolidation"]])
+        if inside.any():
+            dense = np.clip((field - np.quantile(field[inside], 0.28)) / 0.35 + 0.5, 0, 1) * inside
+            lung += dense * (8 + 16 * waves(patch_rng, z, y, x, 9) - lung)
+
+    free = lambda p: pleura[tuple(int((c + f / 2) / f * grid) for c, f in zip(p, FOV))]
+    order = finding_rng.permutation(len(cloud))
+    cloud, labels = cloud[order], labels[order]
+    bullae = draw_bullae(finding_rng, a, cloud, labels, lung_mm3, free) if found["bullae"] else []
+    bulla = tube_depth(axes, bullae, 2 + h)
+    lung += share(bulla + 1.2) * (-720 - lung)                             # a thin wall, then the air
+    lung += (bulla > 0) * (HU["bulla"] - lung)
+    blood = tube_depth(axes, vessels, 2 + h)
+    vessel = (blood > 0) & pleura & (bulla < 0)
+    lung += share(2 * blood + h / 2) * (bulla < 0) * (np.clip(70 + 45 * blood, 50, a["blood"]) - lung)
+    solid = LOBES.get(found["consolidation"])                              # a nodule would not show in a consolidated lobe
+    nodules = draw_nodules(finding_rng, a, cloud[labels != solid], found["nodules"], bullae, free)
+    lung += share(tube_depth(axes, nodules, 2 + h)) * (HU["nodule"] - lung)
+    ct[pleura] = lung[pleura]
+    ct[fluid] = HU["fluid"]
+
+    breath = tube_depth(axes, airways, 2 + h)
+    room = (chest | (z > 60)) & ~fluid & (bulla < 0)
+    ct = np.where(room & (lobe > 0), ct + share(breath + 1.6) * np.maximum(HU["wall"] - ct, 0), np.where(room & (breath > -2), HU["muscle"] - 25, ct))
+    airway = (breath > 0) & room
+    ct[airway] = HU["lumen"]
+    vessel &= ~airway
+    heart &= ~airway
+    lobe[fluid] = 0
+    ct += noise_rng.normal(0, 1, ct.shape).astype(np.float32) * NOISE_HU
+    ct = np.clip(np.round(ct), -1024, 1500).astype(np.int16)
+
+    masks = {"heart": heart, "thorax": chest | heart, "effusion": fluid}
+    truth = {"seed": int(seed), "grid": int(grid), "wording": wording, **found, **measure(ct, lobe, airway, masks, voxel_ml),
+             "nodule_mm": [float(2 * r) for _, _, r, _ in nodules]}
+    names = {v: k for k, v in LOBES.items()}
+    first = names[int(lobe_labels(a, *nodules[0][0]))] if nodules else None
+    return {"ct": ct, "lobe": lobe, "airway": airway.astype(np.uint8), "vessel": vessel.astype(np.uint8),
+            "report": write_report(text_rng, truth, wording, first), "truth": truth, "masks": masks}
+
+
+def measure(ct, lobe, airway, masks, voxel_ml):
+    """The numbers of a case, taken from its arrays: volumes, cardiothoracic ratio (both widths on the level where the heart is widest), %LAA-950."""
+    width = lambda mask: np.ptp(np.flatnonzero(mask.any(0))) + 1 if mask.any() else 0                # (H,W) -> voxels
+    level = int(np.argmax([width(plane) for plane in masks["heart"]]))
+    middle = ct.shape[2] // 2                                              # W grows towards the patient's left
+    left, right = (float(half.sum() * voxel_ml) for half in (masks["effusion"][..., middle:], masks["effusion"][..., :middle]))
+    return {"effusion_ml": left + right, "effusion_left_ml": left, "effusion_right_ml": right,
+            "ctr": float(width(masks["heart"][level]) / width(masks["thorax"][level])),
+            "laa950_percent": float(100 * np.mean(ct[(lobe > 0) & ~airway] < -950)), "airway_mm3": float(airway.sum() * voxel_ml * 1000),
+            "lung_ml": float((lobe > 0).sum() * voxel_ml), "lobe_ml": [float((lobe == i).sum() * voxel_ml) for i in range(1, 6)]}
+
+
+def write_report(rng, truth, wording, nodule_lobe=None):
+    """"Findings: ...\\nImpression: ..." for the truth of a case, under 150 words; sentences and their order vary with rng."""
+    count, said = len(truth["nodule_mm"]), SENTENCES[wording]
+    size, number = SIZES[wording].get(truth["effusion_size"], ""), ("no", "one", "two", "three", "four")[count]
+    lobe = {"consolidation": LOBE_WORDS.get(truth["consolidation"], ""), "nodule": LOBE_WORDS.get(nodule_lobe, "")}
+    topics = [{"none": "no effusion", "both": "effusion both"}.get(truth["effusion"], "effusion"),
+              "cardiomegaly" if truth["cardiomegaly"] else "no cardiomegaly", "bullae" if truth["bullae"] else "no bullae",
+              "consolidation" if truth["consolidation"] else "no consolidation", ("no nodules", "nodule", "nodules")[min(count, 2)]]
+
+    def say(topic):
+        where = lobe["consolidation" if "consolidation" in topic else "nodule"]
+        return str(rng.choice(said[topic])).format(size=size, Size=size.capitalize(), side=truth["effusion"], ctr=truth["ctr"], lobe=where,
+                                                   Lobe=where.capitalize(), count=number, Count=number.capitalize(), mm=round(max(truth["nodule_mm"], default=0)))
+    findings = [say(t) for t in topics] + [str(s) for s in rng.permutation(said["normal"])[:rng.integers(0, 4)]]
+    impression = [say("!" + t) for t in topics if not t.startswith("no ")] or [say("!normal")]
+    if len(impression) > 1:
+        impression = [f"{i}. {line}" for i, line in enumerate(impression, 1)]
+    return f"Findings: {' '.join(rng.permutation(findings))}\nImpression: {' '.join(impression)}"
+
+
+def picture(path, cases):
+    """Three mid-planes of each case (axial from below as radiologists look, coronal, sagittal), lobes, airway and vessels as outlines."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, rows = plt.subplots(len(cases), 3, figsize=(12, 4 * len(cases)), squeeze=False)
+    for row, case in zip(rows, cases):
+        n = len(case["ct"])
+        # array axes -> picture: front up in the axial plane, head up in the others; the patient's right is on the left in axial and coronal
+        planes = [(n // 2, slice(None), slice(None)), (slice(None), int(0.46 * n), slice(None)), (slice(None), slice(None), int(0.36 * n))]
+        for axis, cut, mm in zip(row, planes, [(FOV[1], FOV[2]), (FOV[0], FOV[2]), (FOV[0], FOV[1])]):
+            axis.imshow(case["ct"][cut], cmap="gray", vmin=-1024, vmax=600, origin="lower", aspect=mm[0] / mm[1])
+            for i in range(1, 6):
+                axis.contour(case["lobe"][cut] == i, [0.5], colors=[plt.cm.Set1(i)], linewidths=0.6)
+            for name, colour in (("airway", "cyan"), ("vessel", "red")):
+                axis.contour(case[name][cut], [0.5], colors=colour, linewidths=0.5)
+            axis.axis("off")
+        row[1].set_title(case["report"].split("Impression: ")[1], fontsize=9)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
+    plt.close(figure)
+
+
+def write_one(job):
+    """Make and write case (folder, seed, grid, wording); one argument, because Pool.imap passes one."""
+    folder, seed, grid, wording = job
+    case = make(seed, grid, wording)
+    write_case(folder, case["ct"], case["lobe"], case["airway"], case["vessel"], case["report"], {"source": "phantom", **case["truth"]})
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--out", type=Path, default=Path("data/train"), help="folder for the cases")
+    p.add_argument("--n", type=int, default=512, help="number of cases; those already there are kept")
+    p.add_argument("--seed", type=int, default=0, help="case i is made from seed + i")
+    p.add_argument("--grid", type=int, default=128, help="voxels a side")
+    p.add_argument("--wording", default="train", help="report sentences: train, or held-out to test generalisation")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    p.add_argument("--picture", type=Path, help="also save a PNG of the first cases here")
+    args = p.parse_args(argv)
+    with exits():
+        for name, least in (("n", 1), ("seed", 0), ("grid", 16), ("workers", 1)):
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name} {getattr(args, name)}; it must be at least {least}; give a larger number")
+        if args.wording not in SENTENCES:
+            raise ValueError(f"--wording {args.wording}; wordings are {', '.join(SENTENCES)}; choose one of them")
+        jobs = [(args.out / f"phantom_{i:06d}", args.seed + i, args.grid, args.wording) for i in range(args.n)]
+        todo = [job for job in jobs if not job[0].exists()]
+        args.out.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.Pool(args.workers) as pool:
+            for _ in tqdm(pool.imap_unordered(write_one, todo), total=len(todo), unit="case", desc="phantoms"):
+                pass
+        if args.picture:
+            picture(args.picture, [make(seed, grid, wording) for _, seed, grid, wording in jobs[:4]])
+        size = " x ".join(f"{f / args.grid:.3f}" for f in FOV)
+        print(f"wrote {len(todo)} cases ({len(jobs) - len(todo)} were there) of {args.grid}^3 voxels, {size} mm (D,H,W), to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

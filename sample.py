@@ -1,0 +1,235 @@
+"""A report and, if wanted, lobe, airway or vessel masks become a chest CT with matching masks; or a CT becomes its masks.
+Paper sec. 4.2 to 4.4: G makes the low-resolution volume from text, H makes the full one from that, by DDIM; given
+structures are held fixed in both.
+
+    python sample.py --report examples/report.txt --airway examples/airway.nii.gz
+    python sample.py --prompt "Large left pleural effusion." --samples 4
+    python sample.py --ct scan.nii.gz                               # masks of a given CT
+"""
+import argparse
+import json
+import math
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import (CHANNELS, FOV, MASKS, SCALE, decode, encode, exits, picture, read_report, save_nifti, to_model, upsample)
+from diffusion import ddim_sample, times
+from unet3d import UNet3D, from_released
+
+HERE = Path(__file__).parent
+
+
+# --- weights on disk: our folders, a runs/ folder, or the authors' *_ckpt folders ---
+
+def read_safetensors(path):
+    """-> state dict, metadata dict ({} if it has none)"""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("medsyn", "{}"))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path}: not readable safetensors ({e}); an LFS pointer or a broken download looks so; fetch it again") from None
+
+
+def read_released(folder):
+    """The authors' checkpoint folder -> state dict. The second model of a folder is its running average."""
+    for name in ("model_1.safetensors", "pytorch_model_1.bin", "model.safetensors", "pytorch_model.bin"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)[0]
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:                                           # whatever a hostile or broken pickle raises
+            raise ValueError(f"{path}: refused ({type(e).__name__}); only plain tensors are read from a pickle; convert it to safetensors where you trust it") from None
+    raise ValueError(f"{folder}: no model_1.safetensors or pytorch_model_1.bin; a released checkpoint folder has one; download it whole")
+
+
+def load_stages(model):
+    """A model folder -> {"low": (net, about), "sr": (net, about)}, those that are there.
+
+    about: kind, grid (edge of what the stage makes), file, and for our own weights step and provenance.
+    """
+    model, stages = Path(model), {}
+    if not model.is_dir():
+        raise ValueError(f"--model {model}: no such folder; it holds low.safetensors and sr.safetensors; check the path")
+    for kind in ("low", "sr"):
+        path = next((p for p in (model / f"{kind}.safetensors", model / kind / f"{kind}.safetensors") if p.is_file()), None)
+        if path is None:
+            continue
+        state, about = read_safetensors(path)
+        if about.get("kind") != kind:
+            raise ValueError(f"{path}: weights of kind {about.get('kind')}, not {kind}; each stage has its own; put the right file there")
+        net = UNet3D(**about["args"])
+        net.load_state_dict({k: v.float() for k, v in state.items()})
+        stages[kind] = net, {**about, "file": str(path)}
+    if not stages:
+        for folder in sorted(model.glob("*_ckpt")):
+            net = from_released(read_released(folder))
+            kind = "sr" if net.args["in_channels"] == 8 else "low"
+            stages[kind] = net, dict(kind=kind, grid=256 if kind == "sr" else 64, file=str(folder), provenance="released weights, CC-BY-NC")
+    if "low" not in stages:
+        raise ValueError(f"--model {model}: neither low.safetensors nor released *_ckpt folders in it; stage 1 is always needed; "
+                         "train it with train_low.py or name another folder")
+    return stages
+
+
+# --- from arguments to volumes ---
+
+def reports(args):
+    """-> list of (name, text or None)"""
+    if args.prompt is not None and args.report:
+        raise ValueError("--prompt and --report; one text a sample is needed; give one of them")
+    if args.prompt is not None:
+        if not any(c.isalpha() for c in args.prompt):
+            raise ValueError(f"--prompt {args.prompt!r}; no words in it; write some, or leave the option out")
+        return [("prompt", args.prompt)]
+    files = []
+    for path in map(Path, args.report or []):
+        files += sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if args.report and not files:
+        raise ValueError(f"--report {' '.join(args.report)}: no *.txt in it; a report is a text file; check the folder")
+    return [(f.stem, read_report(f)) for f in files] or [("ct" if args.ct else "sample", None)]
+
+
+def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=()):
+    """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume   text: (1,N,width) or None
+    known: (1,4,G,G,G) clean channels on the full grid, of which `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
+
+    All noise comes from one CPU generator of the seed, so it does not depend on the device.
+    """
+    device = next(low_net.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(n):
+        return torch.randn(1, len(CHANNELS), n, n, n, generator=generator).to(device)
+
+    def bar(name):
+        return partial(tqdm, desc=name, unit="step", leave=False)
+
+    known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+        x = ddim_sample(low_net, noise(grid), times(args.low_steps), text, args.guidance, known_low, fixed, progress=bar("low resolution"))
+        if sr_net is not None:
+            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps), None, 1.0, known, fixed, upsample(x), progress=bar("super-resolution"))
+    if not torch.isfinite(x).all():
+        raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
+    return x[0].float().cpu()
+
+
+def write(folder, x, center, about, overwrite):
+    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (4,G,G,G) in [-1,1]"""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        for name, channel in zip(CHANNELS, x.numpy()):
+            save_nifti(part / f"{name}.nii.gz", decode(name, channel), center)
+        picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"])
+        (part / "sample.json").write_text(json.dumps(about, indent=1) + "\n")
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def sample(args):
+    texts, paths = reports(args), {c: getattr(args, c) for c in CHANNELS if getattr(args, c)}
+    if args.ct and len(paths) > 1:
+        raise ValueError(f"--ct with {', '.join('--' + c for c in paths if c != 'ct')}; a given CT is segmented; leave the masks out")
+    out = Path(args.out)
+    names = [(f"{name}_{i:02d}" if args.samples > 1 else name, text, args.seed + i) for name, text in texts for i in range(args.samples)]
+    if len({name for name, _, _ in names}) < len(names):
+        raise ValueError(f"reports of one name: {sorted(n for n, _ in texts)}; every sample needs its own folder; rename the files")
+    there = [str(out / name) for name, _, _ in names if (out / name).exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"{', '.join(there)}: exists; samples are not replaced silently; pass --overwrite or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ".writable").touch(), (out / ".writable").unlink()            # now, not after minutes of sampling
+
+    stages = load_stages(args.model)
+    low_net, low_about = stages["low"]
+    sr_net, sr_about = (None, None) if args.stop_at_low else stages.get("sr", (None, None))
+    if sr_net is None and not args.stop_at_low:
+        raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    low_net.to(device).eval()
+    if sr_net:
+        sr_net.to(device).eval()
+    grid = low_about["grid"]
+    print(f"model {args.model} on {device}: {grid}^3" + (f" -> {sr_about['grid']}^3" if sr_net else ""))
+
+    known, fixed, center = None, [], args.center or (0.0, 0.0, 0.0)
+    if paths:
+        arrays, center = to_model(paths, SCALE * grid, args.center)
+        known = torch.zeros(1, len(CHANNELS), *[SCALE * grid] * 3)
+        for name, array in arrays.items():
+            c = CHANNELS.index(name)
+            known[0, c], fixed = torch.from_numpy(encode(name, array)), fixed + [c]
+            if name in MASKS:
+                print(f"{paths[name]}: {int((array > 0).sum())} voxels on the {SCALE * grid}^3 grid, {int((array[::SCALE, ::SCALE, ::SCALE] > 0).sum())} on {grid}^3")
+        known = known.to(device)
+    contexts = {None: None}
+    if any(text for _, text in texts):
+        import text_encoder
+        folder = next((p for p in (Path(args.model) / "text",) if p.is_dir()), text_encoder.CXR_BERT)
+        encoder = text_encoder.load(args.text or folder, tokens=low_net.args["tokens"])
+        if encoder.width != low_net.args["context_dim"]:
+            raise ValueError(f"text model {args.text or folder}: {encoder.width} wide, the weights were trained with {low_net.args['context_dim']}; "
+                             "text and weights belong together; pass --text FOLDER")
+        for _, text in texts:
+            contexts[text] = encoder.encode([text])[0].to(device)
+
+    for name, text, seed in names:
+        began = time.time()
+        x = generate(low_net, sr_net, seed, grid, args, contexts[text], known, fixed)
+        about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, " + (f"fixed: {', '.join(CHANNELS[c] for c in fixed)}" if fixed else "nothing fixed"),
+                     text=text, seed=seed, center_ras_mm=list(center), seconds=round(time.time() - began, 1), arguments=vars(args),
+                     weights={k: about for k, (_, about) in stages.items()}, torch=torch.__version__)
+        write(out / name, x, center, about, args.overwrite)
+    voxel = " x ".join(f"{f / x.shape[-1]:.3f}" for f in FOV[::-1])
+    print(f"wrote {len(names)} sample(s) of {x.shape[-1]}^3 voxels, {voxel} mm (x,y,z), to {', '.join(str(out / n) for n, _, _ in names[:3])}{' ...' if len(names) > 3 else ''}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--report", action="append", metavar="FILE", help="a report, or a folder of them; repeatable")
+    p.add_argument("--prompt", help="a text on the command line instead")
+    for c in MASKS:
+        p.add_argument(f"--{c}", metavar="NIFTI", help=f"{c} mask to keep, any size and orientation")
+    p.add_argument("--ct", metavar="NIFTI", help="a CT to segment: its masks come out")
+    p.add_argument("--model", default=str(HERE / "checkpoints/demo"), help="folder of weights (default checkpoints/demo)")
+    p.add_argument("--text", help="text encoder: folder or hub name (default MODEL/text, else CXR-BERT)")
+    p.add_argument("--out", default="out", help="samples appear in OUT/<name>/ (default out)")
+    p.add_argument("--samples", type=int, default=1, help="how many of each report; seeds count up")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--guidance", type=float, default=2.0, help="1 none (the paper), 2 (default), 3 (released anatomy experiments)")
+    p.add_argument("--low-steps", type=int, default=50, help="network evaluations of stage 1 (default 50)")
+    p.add_argument("--sr-steps", type=int, default=20, help="network evaluations of stage 2 (default 20)")
+    p.add_argument("--stop-at-low", action="store_true", help="write the low-resolution volume")
+    p.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm")
+    p.add_argument("--device", help="cuda or cpu; default whichever is there")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    p.add_argument("--overwrite", action="store_true", help="replace samples of the same name")
+    args = p.parse_args(argv)
+    with exits():
+        for name in ("samples", "low_steps", "sr_steps"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}; at least 1 is needed; change it")
+        if not math.isfinite(args.guidance) or args.guidance < 0:
+            raise ValueError(f"--guidance {args.guidance}; a finite number, not negative, is needed; 2 is usual")
+        if not 0 <= args.seed < 2**62:
+            raise ValueError(f"--seed {args.seed}; 0 to 2^62 is needed; choose another")
+        sample(args)
+
+
+if __name__ == "__main__":
+    main()

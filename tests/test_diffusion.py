@@ -1,0 +1,143 @@
+"""The sampler is the original's, and right: golden trajectories, and cases whose answer is known in closed form."""
+import math
+
+import pytest
+import torch
+
+import diffusion
+import golden
+from diffusion import alpha_bar, augment_low, ddim_sample, ddim_step, guide, loss, q_sample, times
+from data import upsample
+
+
+@pytest.fixture(scope="module")
+def z():
+    return golden.load("diffusion")
+
+
+def error(a, b):
+    return (a - b).abs().max().item()
+
+
+def test_functions_are_the_originals(z):
+    assert error(alpha_bar(z["alpha_t"]).flatten(), z["alpha_cum"]) < 1e-5
+    assert error(alpha_bar(z["alpha_t_int"]).flatten(), z["alpha_cum_int"]) < 1e-5
+    assert error(q_sample(z["z_x0"], z["z_t"], z["z_eps"]), z["z_out"]) < 1e-5
+    assert error(ddim_step(z["ddim_xt"], z["ddim_x0"], z["ddim_t"], z["ddim_tprev"]), z["ddim_out"]) < 1e-5
+    for s in (2, 3):
+        assert error(guide(z["cfg_x0_cond"], z["cfg_x0_null"], s), z[f"cfg_x0space_{s}"]) < 1e-5
+    assert error(upsample(z["lr_down"]), z["lr_up"]) == 0 and error(z["lr_hr"][..., ::4, ::4, ::4], z["lr_down"]) == 0
+
+
+@pytest.mark.parametrize("name, network, guidance, fixed", [
+    ("eval_s1", "low", 1, ()), ("eval_s2", "low", 2, ()), ("eval50_s1", "low", 1, ()), ("hybrid_s1_ch1", "low", 1, [1]),
+    ("hybrid_s2_ch12", "low", 2, [1, 2]), ("sr_eval", "sr", 1, ()), ("sr_eval20", "sr", 1, ())])
+def test_whole_samplings_are_the_originals(z, name, network, guidance, fixed):
+    ts = z[f"traj_{name}_times"].unique().flip(0) / 1000                 # guided ones list each time twice
+    context, low = (golden.load("low")["cond"], None) if network == "low" else (None, z["img_lr"])
+    x = ddim_sample(golden.network(network), z["init_noise"], ts, context, guidance, z["image"].clamp(-1, 1), fixed, low)
+    assert error((x[golden.EVERY] + 1) / 2, z[f"traj_{name}_final"]) < 1e-3
+
+
+def test_times_are_n_and_descend_from_one():
+    assert times(50).tolist() == pytest.approx([1 - i / 50 for i in range(50)])
+
+
+# --- closed forms, in float64 ---
+
+def gaussian(mean, std):
+    """The exact x_0 predictor of data ~ N(mean, std^2), scaled so that x_0 hat stays inside the clamp."""
+    def net(xt, t, context=None):
+        abar = alpha_bar(t)
+        gain = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar)
+        return mean + gain * (xt - abar.sqrt() * mean)
+    return net
+
+
+def flow_error(n, mean=0.2, std=0.1):
+    """n-step DDIM against the closed form of its flow, along which (x - sqrt(abar) mean) / spread is constant. In units of std."""
+    noise = torch.linspace(-1.5, 1.5, 64, dtype=torch.float64).reshape(1, 4, 1, 4, 4)
+    net, (zero, one) = gaussian(mean, std), torch.eye(2, dtype=torch.float64)[1].split(1)
+
+    def spread(t):
+        return (alpha_bar(t) * std**2 + 1 - alpha_bar(t)).sqrt()
+
+    exact = alpha_bar(zero).sqrt() * mean + (noise - alpha_bar(one).sqrt() * mean) / spread(one) * spread(zero)
+    made = ddim_sample(net, noise, torch.cat([times(n).double(), zero]))
+    return error(made, net(exact, zero)) / std
+
+
+def test_error_halves_when_steps_double():
+    e50, e100 = flow_error(50), flow_error(100)
+    assert 1.8 < e50 / e100 < 2.2 and 0.14 < e50 < 0.16
+
+
+def point(xt, t, context=None):
+    return torch.full_like(xt, 0.3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_a_point_mass_is_reproduced_in_any_number_of_steps(n):
+    noise = torch.randn(2, 4, 2, 2, 2, dtype=torch.float64)
+    assert error(ddim_sample(point, noise, times(n).double()), torch.full_like(noise, 0.3)) == 0
+
+
+def test_true_x0_makes_ddim_return_to_where_q_sample_would_be():
+    x0, eps = torch.randn(2, 3, 4, 2, 2, 2, dtype=torch.float64)[:, :3]
+    t, s = torch.tensor([0.9, 0.5, 0.2]).double(), torch.tensor([0.7, 0.1, 0.0]).double()
+    assert error(ddim_step(q_sample(x0, t, eps), x0, t, s), q_sample(x0, s, eps)) < 1e-14
+
+
+def test_two_steps_with_one_estimate_are_one_step():
+    x, x0 = torch.randn(2, 1, 4, 2, 2, 2, dtype=torch.float64)
+    t, m, s = (torch.tensor([v], dtype=torch.float64) for v in (0.9, 0.6, 0.3))
+    assert error(ddim_step(ddim_step(x, x0, t, m), x0, m, s), ddim_step(x, x0, t, s)) < 1e-14
+
+
+MUTANTS = {
+    "stale t": lambda xt, x0_hat, t, s: q_sample(x0_hat, s, (xt - alpha_bar(s).sqrt() * x0_hat) / (1 - alpha_bar(s)).sqrt()),
+    "no sqrt": lambda xt, x0_hat, t, s: q_sample(x0_hat, s, (xt - alpha_bar(t) * x0_hat) / (1 - alpha_bar(t)).sqrt()),
+    "wrong sigma": lambda xt, x0_hat, t, s: q_sample(x0_hat, s, (xt - alpha_bar(t).sqrt() * x0_hat) / (1 - alpha_bar(t))),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_checks_catch_a_wrong_sampler(name, monkeypatch):
+    monkeypatch.setattr(diffusion, "ddim_step", MUTANTS[name])
+    with pytest.raises(AssertionError):
+        test_error_halves_when_steps_double()
+
+
+def test_guidance_zero_and_one_are_identities():
+    a, b = torch.randn(2, 1, 4, 2, 2, 2)
+    assert error(guide(a, b, 0), b) == 0 and error(guide(a, b, 1), a) < 1e-6
+
+
+def test_fixed_channels_come_out_unchanged_and_the_others_do_not():
+    known, noise = torch.rand(2, 1, 4, 2, 4, 4)
+    x = ddim_sample(point, noise, times(5), known=known, fixed=[1, 3])
+    assert error(x[:, [1, 3]], known[:, [1, 3]]) == 0 and error(x[:, [0, 2]], torch.full((1, 2, 2, 4, 4), 0.3)) == 0
+
+
+def test_steps_are_network_evaluations_twice_when_guided():
+    calls = []
+
+    def net(xt, t, context=None):
+        calls.append((t.item(), context is None))
+        return xt
+    ddim_sample(net, torch.zeros(1, 4, 2, 2, 2), times(4), context=torch.zeros(1, 3, 2), guidance=2)
+    assert calls == [(t, null) for t in (1, 0.75, 0.5, 0.25) for null in (False, True)]
+
+
+def test_loss_is_the_mean_square_on_x0_and_low_is_seen_first():
+    x0, eps, low, aug = torch.randn(4, 2, 4, 2, 4, 4)
+    t, a = torch.tensor([0.3, 0.8]), torch.tensor([0.0, 0.4])
+    seen = {}
+
+    def net(xt, t, context, drop):
+        seen["xt"] = xt
+        return torch.zeros_like(x0)
+    lows = augment_low(low, a, aug)
+    assert loss(net, x0, t, eps, low=lows).item() == pytest.approx(x0.square().mean().item())
+    assert error(seen["xt"], torch.cat([lows, q_sample(x0, t, eps)], 1)) == 0
+    assert error(lows[0], low[0]) == 0 and error(lows[1], 0.6 * low[1] + 0.4 * aug[1]) < 1e-6

@@ -1,0 +1,112 @@
+"""The network is the released one: outputs, null outputs, loss, gradients, sizes and keys."""
+import json
+
+import pytest
+import torch
+
+import golden
+from unet3d import UNet3D, from_released, norm_scale_silu, rename
+
+
+def error(a, b):
+    return (a - b).abs().max().item()
+
+
+def test_low_outputs_are_the_originals():
+    z, net = golden.load("low"), golden.network("low")
+    with torch.no_grad():
+        assert error(net(z["x"], z["t"] / 1000, z["cond"])[golden.EVERY], z["out_eval"]) < 1e-4
+        assert error(net(z["x"], z["t"] / 1000)[golden.EVERY], z["out_eval_null"]) < 1e-4
+
+
+def test_sr_outputs_are_the_originals():
+    z, net = golden.load("sr"), golden.network("sr")
+    with torch.no_grad():
+        assert error(net(z["x"], z["t"] / 1000)[golden.EVERY], z["out_eval"]) < 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_every_gradient_norm_are_the_originals(checkpointing):
+    z, net = golden.load("low"), golden.network("low").train()
+    net.checkpointing = checkpointing
+    loss = (net(z["x"], z["t"] / 1000, z["cond"]) - z["target"]).square().mean()
+    loss.backward()
+    assert error(loss, z["loss_eval"]) < 1e-4
+    ours = {name: p.grad.norm() for name, p in net.named_parameters() if p.grad is not None}
+    ours["attend.qkv.weight"] = torch.cat([net.attend.q.weight.grad, net.attend.kv.weight.grad]).norm()
+    theirs = {rename(str(name)): norm for name, norm in zip(z["grad_names"], z["grad_norms_eval"])}
+    assert len(theirs) == 371
+    for name, norm in theirs.items():
+        assert abs(ours.get(name, torch.zeros(())) - norm) < 1e-4 * max(1, norm), name
+
+
+def test_a_batch_is_its_samples():
+    net, x, context = golden.network("low"), torch.randn(2, 4, 4, 8, 8), torch.randn(2, 192, 16)
+    t = torch.tensor([0.1, 0.9])
+    with torch.no_grad():
+        both = net(x, t, context)
+        assert error(both, torch.cat([net(x[i:i + 1], t[i:i + 1], context[i:i + 1]) for i in (0, 1)])) < 1e-4
+        dropped = net(x, t, context, drop=torch.tensor([True, False]))
+        assert error(dropped, torch.cat([net(x[:1], t[:1]), both[1:]])) < 1e-4
+
+
+@pytest.mark.parametrize("name, net, parameters", [("low", dict(dim=160), 716_215_684),
+                                                   ("sr", dict(dim=56, in_channels=8, heads=4, rounds=1, context_dim=0), 54_307_908)])
+def test_paper_sizes_and_every_released_key(name, net, parameters):
+    released = json.loads((golden.FOLDER / f"{name}_keys.json").read_text())
+    with torch.device("meta"):
+        ours = UNet3D(**net)
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    shapes = {k: v.numel() for k, v in ours.state_dict().items()}
+    shapes["attend.qkv.weight"] = shapes.pop("attend.q.weight") + shapes.pop("attend.kv.weight")
+    theirs = {rename(k.removeprefix("denoise_fn.")): torch.Size(v).numel() for k, v in released.items()}
+    assert theirs == shapes
+
+
+def test_released_weights_load_with_prefix_and_buffers_and_say_what_is_wrong():
+    state = {f"denoise_fn.{k}": v for k, v in golden.weights("sr").items()}
+    state["betas"], state["alphas_cumprod"] = torch.zeros(1000), torch.zeros(1000)
+    net = from_released(state, bottom="depth", checkpointing=True)
+    assert net.args["in_channels"] == 8 and not net.plane and net.checkpointing
+    lost = state.pop("denoise_fn.mid_block2.block2.norm.bias")
+    with pytest.raises(ValueError, match="missing last.norm2.bias"):
+        from_released(state)
+    state.update({"denoise_fn.mid_block2.block2.norm.bias": lost, "denoise_fn.mid_block3.x": lost})
+    with pytest.raises(ValueError, match="left over mid_block3.x"):
+        from_released(state)
+    del state["denoise_fn.mid_block3.x"]
+    state["denoise_fn.downs.1.0.block1.proj.weight"] = torch.zeros(16, 8, 1, 3, 5)
+    with pytest.raises(ValueError, match=r"downs.1.slice1.conv1.weight \(16, 8, 1, 3, 5\)"):
+        from_released(state)
+
+
+def test_rounds_that_do_not_share_their_attention_are_refused():
+    state = golden.weights("low")
+    state["mid_spatial_attn3.fn.fn.fn.to_qkv.weight"] = torch.zeros_like(state["mid_spatial_attn3.fn.fn.fn.to_qkv.weight"])
+    with pytest.raises(ValueError, match="share one self-attention"):
+        from_released(state)
+
+
+def test_norm_scale_silu_is_its_formula():
+    x, norm, ss = torch.randn(3, 16, 4, 5, 6), torch.nn.GroupNorm(8, 16), torch.randn(3, 32)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    scale, shift = ss[..., None, None, None].chunk(2, dim=1)
+    want = torch.nn.functional.silu(norm(x) * (1 + scale) + shift)
+    assert error(norm_scale_silu(x, norm, ss), want) < 1e-5
+    assert error(norm_scale_silu(x[:1], norm, ss[:1]), want[:1]) < 1e-5
+
+
+def test_depth_attention_sees_the_column_and_plane_attention_the_slice():
+    for bottom, axis in (("depth", 0), ("plane", 1)):
+        torch.manual_seed(0)
+        net = UNet3D(8, in_channels=8, heads=2, rounds=1, context_dim=0, levels=1, bottom=bottom)
+        attention, x = net.rounds[0], torch.randn(1, 8, 12, 4, 4)
+        torch.nn.init.zeros_(attention.volume.norm2.weight)              # silences the Block: what is left is the attention
+        x2 = x.clone()
+        x2[0, :, 3, 1, 1] += torch.randn(8)
+        with torch.no_grad():
+            a, b = (attention(v, torch.zeros(1, 32), None, net.attend, net.plane) for v in (x, x2))
+        changed = ((a - b).abs().sum(1)[0] > 1e-7)
+        seen = torch.zeros(12, 4, 4, dtype=torch.bool)
+        seen[(slice(None), 1, 1) if axis == 0 else 3] = True
+        assert (changed == seen).all()

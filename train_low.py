@@ -1,0 +1,335 @@
+"""Stage 1: a report becomes a 64^3 volume of four channels, CT + lobes + airway + vessels. And the training loop of both stages.
+Paper sec. 4.2.1 and 4.3, eq. 9; numbers from sec. 4.6 unless a line says otherwise.
+
+    torchrun --nproc_per_node=4 train_low.py --data data/train      # four GPUs
+    python train_low.py --preset demo                               # two CPU cores
+
+Running the same command again resumes exactly where it stopped. Every random number of a step belongs to the number of its
+sample, not to a process, so 1, 2 or 64 processes train the same network (up to the rounding of sums).
+"""
+import argparse
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import signal
+import sys
+import time
+import zipfile
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data import SCALE, Cases, cases, exits, picture, write_atomic
+from diffusion import ddim_sample, loss, times
+from unet3d import UNet3D
+
+
+def arg(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    data: str = arg("data/train", "folder of cases (data.py, phantom.py), their text embedded by text_encoder.py")
+    out: str = arg("runs/low", "run folder: last.pt, low.safetensors, loss.csv, pictures")
+    preset: str = arg("", "paper, or demo: 32^3, minutes on two cores; default paper on a GPU, demo without")
+    device: str = arg("", "cuda or cpu; default whichever is there")
+    seed: int = arg(0, "decides the first weights, the order of cases and all noise")
+    steps: int = arg(40_000, "optimizer updates")
+    batch: int = arg(64, "samples per optimizer step over all processes")
+    micro: int = arg(1, "samples per process at a time; the rest of the batch is accumulated")
+    lr: float = arg(1e-4, "AdamW, betas (0.9, 0.999)")
+    decay: float = arg(0.01, "weight decay; released code")
+    clip: float = arg(1.0, "largest gradient norm")
+    drop: float = arg(0.1, "share of samples that train the null text; released code")
+    ema: float = arg(0.999, "decay of the running average; released code")
+    ema_every: int = arg(1, "steps between its updates; released code")
+    ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
+    amp: bool = arg(True, "bfloat16 autocast")
+    checkpointing: bool = arg(True, "recompute Blocks in the backward pass: a sixth of the memory, a third more time")
+    dim: int = arg(160, "width of the first level (sec. 4.5)")
+    levels: int = arg(4, "levels of the UNet, each twice as wide")
+    heads: int = arg(8, "attention heads of 32 channels; released code")
+    holdout: int = arg(8, "cases, the last by name, kept from training for the validation loss and the picture")
+    workers: int = arg(4, "loader processes per process")
+    log_every: int = arg(10, "steps between lines of loss.csv")
+    save_every: int = arg(500, "steps between checkpoints")
+    show_every: int = arg(2000, "steps between pictures and validation losses")
+    kind: ClassVar = "low"
+    demo: ClassVar = dict(dim=16, levels=3, heads=4, batch=4, micro=4, lr=3e-4, steps=2000, ema_start=500, ema=0.998,
+                          checkpointing=False, workers=1, save_every=100, show_every=500)
+
+
+FREE = {"data", "out", "device", "steps", "micro", "checkpointing", "workers", "log_every", "save_every", "show_every"}   # may change on resume
+
+
+def parse(config, doc, argv=None):
+    """The command line of a Config: one option a field, the preset's values as defaults."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        p.add_argument("--" + f.name, default=f.default, help=f"{f.metadata['help']} (default {f.default!r}, demo {config.demo.get(f.name, f.default)!r})", **kind)
+    first = p.parse_args(argv)
+    device = first.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    preset = first.preset or ("paper" if device.startswith("cuda") else "demo")
+    if preset not in ("paper", "demo"):
+        raise ValueError(f"--preset {preset}; paper or demo; choose one")
+    p.set_defaults(**config.demo if preset == "demo" else {})
+    cfg = config(**{**vars(p.parse_args(argv)), "device": device, "preset": preset})
+    for f in fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type in (int, float) and not (value >= 0 and value < float("inf")):
+            raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
+        if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
+            raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
+    return cfg
+
+
+# --- what makes stage 1: a network, cases, and the loss of a batch ---
+
+def draw(keys, shape, device, seed):
+    """Per sample: t ~ U[0,1], noise eps, and one more uniform number, from a generator of the sample's own number.   keys: (B,)"""
+    t, u, eps = [], [], []
+    for k in keys.tolist():
+        g = torch.Generator(device).manual_seed((seed << 40) + k)
+        tu = torch.rand(2, generator=g, device=device)
+        t.append(tu[0]), u.append(tu[1])
+        eps.append(torch.randn(shape, generator=g, device=device))
+    return torch.stack(t), torch.stack(u), torch.stack(eps)
+
+
+def low_loss(cfg, net, batch):
+    """Eq. 9 for a batch (k, x0 (B,4,g,g,g), text (B,N,width)); the text is dropped with p = cfg.drop."""
+    keys, x0, text = batch
+    t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop)
+
+
+def low_samples(cfg, net, dataset, device, n=2):
+    """For the picture: real cases and samples from their reports, guidance 2 (the released previews').   -> lists of (4,...)"""
+    _, x0, text = next(iter(DataLoader(dataset, batch_size=min(n, len(dataset)))))
+    _, _, eps = draw(torch.arange(len(x0)), x0.shape[1:], device, cfg.seed)
+    return x0, ddim_sample(net, eps, times(20), text.to(device), guidance=2.0).cpu()
+
+
+# --- the loop of both stages ---
+
+def setup(cfg):
+    """Processes and device.   -> device, rank, world"""
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo", timeout=timedelta(minutes=10))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = torch.device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if cfg.batch % (cfg.micro * world):
+        raise ValueError(f"--batch {cfg.batch} with {world} processes of --micro {cfg.micro}; batch must be a multiple of their product; change one")
+    return device, rank, world
+
+
+def all_folders(cfg):
+    """-> folders to train on, folders held out"""
+    folders = cases(cfg.data)
+    if len(folders) <= cfg.holdout:
+        raise ValueError(f"{cfg.data}: {len(folders)} cases, {cfg.holdout} to be held out; a trainer needs cases; make some with "
+                         f"`python phantom.py --out {cfg.data} --n 512` or `python data.py prepare ...`, or lower --holdout")
+    return folders[:len(folders) - cfg.holdout], folders[len(folders) - cfg.holdout:]
+
+
+def load_checkpoint(out, cfg):
+    """The newest readable checkpoint of a run, or None. ValueError if it belongs to another configuration."""
+    for path in (out / "last.pt", out / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as z:                             # torch.load itself notices no bit rot
+                bad = z.testzip()
+            if bad:
+                raise ValueError(f"{bad} fails its check sum")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (zipfile.BadZipFile, ValueError, RuntimeError, OSError, EOFError) as e:
+            print(f"warning: {path} is not readable ({type(e).__name__}); trying the one before it", file=sys.stderr)
+            continue
+        differing = [f"{k} {v!r} -> {asdict(cfg)[k]!r}" for k, v in state["config"].items() if k not in FREE and asdict(cfg).get(k) != v]
+        if state["kind"] != cfg.kind or differing:
+            raise ValueError(f"{path}: a run of kind {state['kind']} that differs in {', '.join(differing) or 'kind'}; a run keeps its "
+                             "configuration; repeat its options or choose another --out")
+        return state
+    if (out / "last.pt").exists():
+        raise ValueError(f"{out}: no checkpoint is readable; a run is never restarted silently; remove the folder to begin anew")
+    return None
+
+
+def save_checkpoint(out, state):
+    """last.pt becomes previous.pt, the new one appears whole."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    if (out / "last.pt").exists():
+        os.replace(out / "last.pt", out / "previous.pt")
+    write_atomic(out / "last.pt", buffer.getvalue())
+
+
+def export(path, cfg, ema, grid, step, n):
+    """EMA weights for sample.py: safetensors in float16, with the constructor's arguments and provenance in the metadata."""
+    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step,
+                 provenance=dict(command=" ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]), cases=n, config=asdict(cfg)))
+    weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
+    write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
+
+
+@torch.no_grad()
+def validate(cfg, net, dataset, loss_fn, device):
+    """Mean loss over the held-out cases, each at 4 fixed draws of t and noise.   -> float"""
+    net.eval()
+    total = 0.0
+    for item in range(4 * len(dataset)):
+        batch = [torch.as_tensor(x)[None].to(device) for x in dataset[item]]
+        total += loss_fn(cfg, net, batch).item()
+    net.train()
+    return total / (4 * len(dataset))
+
+
+def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world):
+    """The loop: `cfg.steps` updates of `net` on `dataset` by `loss_fn(cfg, net, batch)`.   -> the EMA network"""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")
+    if rank == 0:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another training writes here; one run a folder; wait for it or choose another --out") from None
+    grid = dataset[0][1].shape[-1] if cfg.kind == "low" else SCALE * held_grid(dataset)
+    net.to(device).train()
+    ema = deepcopy(net).eval().requires_grad_(False)
+    ema.checkpointing = False
+    opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.decay, fused=True)
+    step, state = 0, load_checkpoint(out, cfg)
+    if state:
+        step = state["step"]
+        net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+    model = net if world == 1 else DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+    accum = cfg.batch // (cfg.micro * world)
+    numbers = [range(k, k + cfg.micro) for s in range(step, cfg.steps) for k in                    # this process's samples, micro-batch by micro-batch
+               range(s * cfg.batch + rank * cfg.micro, (s + 1) * cfg.batch, cfg.micro * world)]
+    loader = DataLoader(dataset, batch_sampler=numbers, num_workers=cfg.workers, pin_memory=device.type == "cuda")
+    batches = iter(loader)
+    asked = []                                                           # signals that ask to stop, once the step is done
+    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def backward(batch, scale):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
+            value = loss_fn(cfg, model, [x.to(device, non_blocking=True) for x in batch]) * scale
+        value.backward()
+        return value.detach()
+
+    if world > 1:                                                        # DDP re-buckets after its first backward, which would
+        backward(torch.utils.data.default_collate([dataset[rank]]), 0.0)  # change sums once after every start
+        opt.zero_grad()
+    rows = io.StringIO()
+    log = csv.writer(rows)
+    bar = tqdm(total=cfg.steps, initial=step, desc=f"train {cfg.kind}", disable=rank > 0, mininterval=2)
+    began, smooth, last = time.time(), None, step >= cfg.steps
+    while not last:
+        value = torch.zeros((), device=device)
+        for i in range(accum):
+            with contextlib.nullcontext() if world == 1 or i == accum - 1 else model.no_sync():    # all-reduce once per step
+                value += backward(next(batches), 1 / accum)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+        if not torch.isfinite(norm):                                     # after all-reduce: every process sees it alike
+            raise RuntimeError(f"step {step + 1}: the gradient is not finite; weights are left as they were; resume with a lower --lr or --no-amp")
+        opt.step()
+        opt.zero_grad()
+        step += 1
+        if step < cfg.ema_start or step % cfg.ema_every == 0:
+            weight = 1.0 if step < cfg.ema_start else 1 - cfg.ema
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), weight)
+        agreed = torch.stack([value / world, torch.tensor(float(len(asked)), device=device)])
+        if world > 1:
+            dist.all_reduce(agreed)                                      # all stop after the same step, or none does
+        value, last = agreed[0].item(), step == cfg.steps or agreed[1].item() > 0
+        smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+        bar.update()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        shown = held_out is not None and (step % cfg.show_every == 0 or step == cfg.steps)
+        if rank == 0 and (step % cfg.log_every == 0 or shown):
+            val = f"{validate(cfg, ema, held_out, loss_fn, device):.6f}" if shown else ""
+            log.writerow([step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - began:.1f}"])
+        if rank == 0 and (step % cfg.save_every == 0 or last):
+            save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
+            export(out / f"{cfg.kind}.safetensors", cfg, ema, grid, step, len(dataset))
+            append_log(out / "loss.csv", rows, step)
+        if rank == 0 and shown:
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
+                real, made = samples_fn(cfg, ema, held_out, device)
+            picture(out / f"samples_{step:06d}.png", [*real, *made], ["held out"] * len(real) + ["sample"] * len(made), f"step {step}")
+    bar.close()
+    for s, handler in previous.items():
+        signal.signal(s, handler)
+    if rank == 0:
+        print(f"{'stopped' if step < cfg.steps else 'done'} at step {step} of {cfg.steps}: {out / (cfg.kind + '.safetensors')} ({cfg.dim} wide, grid {grid}^3), {out / 'loss.csv'}")
+    return ema
+
+
+def held_grid(dataset):
+    """Edge of the low-resolution grid of a stage-2 data set."""
+    import numpy as np
+    return np.load(dataset.folders[0] / "low.npy", mmap_mode="r").shape[-1]
+
+
+def append_log(path, rows, step):
+    """Rows of loss.csv; lines beyond the step of the checkpoint, from a run that died after writing them, are dropped first."""
+    old = path.read_text().splitlines()[1:] if path.exists() else []
+    new = rows.getvalue().splitlines()
+    first = int(new[0].split(",")[0]) if new else step + 1
+    old = [line for line in old if int(line.split(",")[0]) < first]
+    write_atomic(path, ("\n".join(["step,loss,validation,gradient_norm,seconds", *old, *new]) + "\n").encode())
+    rows.seek(0), rows.truncate()
+
+
+def run(cfg, make_net, make_data, loss_fn, samples_fn):
+    """Processes, network, data, loop; stage 2 calls it too."""
+    torch.manual_seed(cfg.seed)
+    device, rank, world = setup(cfg)
+    try:
+        if rank == 0:
+            print(f"preset {cfg.preset} on {device}, {world} process(es)")
+        dataset, held_out = make_data(cfg)
+        train(cfg, make_net(cfg, dataset), dataset, held_out, loss_fn, samples_fn, device, rank, world)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def low_data(cfg):
+    folders, held = all_folders(cfg)
+    return Cases(folders, cfg.seed), Cases(held, cfg.seed) if held else None
+
+
+def low_net(cfg, dataset):
+    tokens, width = dataset[0][2].shape
+    return UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, checkpointing=cfg.checkpointing)
+
+
+def main(argv=None):
+    with exits():
+        run(parse(Config, __doc__, argv), low_net, low_data, low_loss, low_samples)
+
+
+if __name__ == "__main__":
+    main()

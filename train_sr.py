@@ -1,0 +1,77 @@
+"""Stage 2: the 64^3 volume of four channels becomes 256^3. Only what differs from stage 1; the loop is train_low.train.
+Paper sec. 4.2.2, eq. 7 and 10; numbers from sec. 4.6 unless a line says otherwise.
+
+    torchrun --nproc_per_node=4 train_sr.py --data data/train       # four GPUs
+    python train_sr.py --preset demo                                # two CPU cores, 32^3 -> 128^3
+
+The network sees [low, x_t] and no text. It is trained on crops and run on whole volumes: it has no position but what it sees.
+"""
+import numpy as np
+import torch
+from dataclasses import dataclass
+from typing import ClassVar
+
+import train_low
+from data import SCALE, Cases, exits
+from diffusion import augment_low, ddim_sample, loss, times
+from train_low import all_folders, arg, draw, parse, run
+from unet3d import UNet3D
+
+AUGMENT = 0.4      # most noise on the low-resolution input; not in the paper, released code
+
+
+@dataclass
+class Config(train_low.Config):
+    out: str = arg("runs/sr", "run folder: last.pt, sr.safetensors, loss.csv, pictures")
+    batch: int = arg(32, "samples per optimizer step over all processes")
+    ema: float = arg(0.995, "decay of the running average; released code")
+    ema_every: int = arg(10, "steps between its updates; released code")
+    dim: int = arg(56, "width of the first level")
+    heads: int = arg(4, "attention heads of 32 channels; released code")
+    crop: str = arg("256,72,72", "D,H,W of the training crops; released code; up to 256,256,256")
+    bottom: str = arg("plane", "self-attention at the bottom: plane (released weights) or depth (the paper's words)")
+    kind: ClassVar = "sr"
+    demo: ClassVar = dict(dim=16, levels=3, batch=2, micro=2, lr=3e-4, steps=1500, ema_start=500, ema=0.99, ema_every=1, crop="64,48,48",
+                          checkpointing=False, workers=1, save_every=100, show_every=500)
+
+
+def sr_data(cfg):
+    """Crops of the training cases and of those held out."""
+    try:
+        crop = tuple(int(n) for n in cfg.crop.split(","))
+    except ValueError:
+        crop = ()
+    step = 2 ** (cfg.levels - 1)
+    if len(crop) != 3 or min(crop) < 1 or crop[1] % step or crop[2] % step:
+        raise ValueError(f"--crop {cfg.crop}; D,H,W with H and W multiples of {step} are needed; write --crop 256,72,72")
+    folders, held = all_folders(cfg)
+    return Cases(folders, cfg.seed, crop), Cases(held, cfg.seed, crop) if held else None
+
+
+def sr_net(cfg, dataset):
+    return UNet3D(cfg.dim, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels, bottom=cfg.bottom,
+                  checkpointing=cfg.checkpointing)
+
+
+def sr_loss(cfg, net, batch):
+    """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input."""
+    keys, x0, low = batch
+    t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
+    return loss(net, x0, t, eps[:, :4], low=augment_low(low, AUGMENT * u, eps[:, 4:]))
+
+
+def sr_samples(cfg, net, dataset, device):
+    """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.   -> (1,4,...), (2,4,...)"""
+    edge = min(128, SCALE * np.load(dataset.folders[0] / "low.npy", mmap_mode="r").shape[-1])
+    key, x0, low = Cases(dataset.folders[:1], 0, (edge,) * 3)[0]
+    _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
+    return x0[None], torch.cat([low[None], ddim_sample(net, eps, times(10), low=low[None].to(device)).cpu()])
+
+
+def main(argv=None):
+    with exits():
+        run(parse(Config, __doc__, argv), sr_net, sr_data, sr_loss, sr_samples)
+
+
+if __name__ == "__main__":
+    main()

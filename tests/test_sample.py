@@ -1,0 +1,164 @@
+"""Sampling as a user types it: files in, files out, in the right place; wrong input is one line."""
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+import golden
+import sample
+import text_encoder
+from data import CHANNELS, save_nifti
+from safetensors.torch import save_file
+from train_low import Config, export
+from unet3d import UNet3D
+
+QUICK = ["--low-steps", "2", "--sr-steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder with random weights: 8^3 -> 32^3, a tiny text encoder beside."""
+    folder = tmp_path_factory.mktemp("model")
+    reports = folder / "reports"
+    reports.mkdir()
+    for i in range(12):
+        (reports / f"{i}.txt").write_text(f"Findings: There is {i} and nothing else.\nImpression: Number {i}.")
+    text_encoder.main(["train", "--scratch", "--width", "16", "--layers", "1", "--heads", "2", "--steps", "2", "--batch", "4", "--held-out", "0.2", "--tokens", "32",
+                       "--reports", str(reports), "--out", str(folder / "text"), "--device", "cpu"])
+    torch.manual_seed(0)
+    low = UNet3D(8, heads=1, levels=2, context_dim=16, tokens=32)
+    sr = UNet3D(8, in_channels=8, heads=1, rounds=1, levels=2, context_dim=0)
+    for kind, net, grid in (("low", low, 8), ("sr", sr, 32)):
+        cfg = Config()
+        cfg.kind = kind
+        export(folder / f"{kind}.safetensors", cfg, net, grid, 1, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def airway(tmp_path_factory):
+    """A mask of its own size, orientation (L P S, as clinical CTs come) and voxels, off the origin."""
+    mask = np.zeros((50, 50, 60), np.uint8)
+    mask[20:30, 18:28, 10:60] = 1
+    mask[5:25, 20:26, 8:14] = 1
+    affine = np.diag([-5.0, -5.0, 4.0, 1.0])
+    affine[:3, 3] = [100, 140, -300]
+    path = tmp_path_factory.mktemp("masks") / "airway.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(mask, affine), path)
+    return path
+
+
+def run(model, out, *args):
+    sample.main([*QUICK, "--model", str(model), "--out", str(out), *map(str, args)])
+
+
+def test_a_prompt_and_a_mask_make_four_volumes_that_overlay_on_the_mask(model, airway, tmp_path, capsys):
+    run(model, tmp_path, "--prompt", "Number 3.", "--airway", airway)
+    folder = tmp_path / "prompt"
+    assert sorted(p.name for p in folder.iterdir()) == sorted([f"{c}.nii.gz" for c in CHANNELS] + ["preview.png", "sample.json"])
+    images = {c: nibabel.load(folder / f"{c}.nii.gz") for c in CHANNELS}
+    for c, image in images.items():
+        assert image.shape == (32, 32, 32) and np.array_equal(image.affine, images["ct"].affine)
+        assert image.get_data_dtype() == (np.int16 if c == "ct" else np.uint8) and image.header["sform_code"] == image.header["qform_code"] == 1
+    made, given = images["airway"], nibabel.load(airway)
+    world = nibabel.affines.apply_affine(made.affine, np.argwhere(np.ones(made.shape)))
+    index = np.rint(nibabel.affines.apply_affine(np.linalg.inv(given.affine), world)).astype(int)
+    inside = ((index >= 0) & (index < given.shape)).all(1)
+    want = np.zeros(len(world), bool)
+    want[inside] = np.asarray(given.dataobj)[tuple(index[inside].T)] > 0
+    assert np.array_equal(np.asarray(made.dataobj).ravel() > 0, want) and want.sum() > 50
+    about = json.loads((folder / "sample.json").read_text())
+    assert about["text"] == "Number 3." and about["seed"] == 0 and about["weights"]["low"]["step"] == 1 and about["arguments"]["airway"] == str(airway)
+    assert "32^3 voxels, 9.875 x 9.875 x 9.125 mm" in capsys.readouterr().out.splitlines()[-1]
+
+
+def volume(folder, c="ct"):
+    return np.asarray(nibabel.load(folder / f"{c}.nii.gz").dataobj)
+
+
+def test_a_seed_is_a_sample_and_reports_count(model, tmp_path):
+    (tmp_path / "r").mkdir()
+    for i in (1, 2):
+        (tmp_path / f"r/{i}.txt").write_text(f"Findings: There is {i}.\nImpression: {i}.")
+    run(model, tmp_path / "a", "--report", tmp_path / "r", "--samples", 2)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["1_00", "1_01", "2_00", "2_01"]
+    run(model, tmp_path / "b", "--report", tmp_path / "r/2.txt", "--seed", 1)
+    assert np.array_equal(volume(tmp_path / "a/2_01"), volume(tmp_path / "b/2")) and not np.array_equal(volume(tmp_path / "a/2_00"), volume(tmp_path / "b/2"))
+
+
+def test_every_mask_may_be_fixed_and_a_ct_is_segmented(model, tmp_path):
+    rng = np.random.default_rng(0)
+    given = dict(ct=rng.integers(-1000, 500, (32,) * 3).astype(np.int16), lobe=rng.integers(0, 6, (32,) * 3).astype(np.uint8),
+                 airway=rng.integers(0, 2, (32,) * 3).astype(np.uint8), vessel=rng.integers(0, 2, (32,) * 3).astype(np.uint8))
+    for c, a in given.items():
+        save_nifti(tmp_path / f"{c}.nii.gz", a, (5, 6, 7))
+    run(model, tmp_path / "a", *[x for c in CHANNELS[1:] for x in (f"--{c}", tmp_path / f"{c}.nii.gz")], "--center", 5, 6, 7)
+    for c in CHANNELS[1:]:
+        assert np.array_equal(volume(tmp_path / "a/sample", c), volume(tmp_path, c)), c
+    assert not np.array_equal(volume(tmp_path / "a/sample"), volume(tmp_path))
+    run(model, tmp_path / "b", "--ct", tmp_path / "ct.nii.gz")
+    assert np.abs(volume(tmp_path / "b/ct").astype(int) - volume(tmp_path)).max() <= 1
+    assert np.allclose(nibabel.load(tmp_path / "b/ct/lobe.nii.gz").affine, nibabel.load(tmp_path / "ct.nii.gz").affine)
+
+
+def test_stop_at_low_writes_the_low_resolution_volume(model, tmp_path):
+    run(model, tmp_path, "--stop-at-low")
+    assert volume(tmp_path / "sample").shape == (8, 8, 8)
+
+
+def test_released_checkpoint_folders_are_taken(tmp_path):
+    for name in ("low", "sr"):
+        folder = tmp_path / f"{name}_ckpt"
+        folder.mkdir()
+        state = {f"denoise_fn.{k}": v.contiguous().clone() for k, v in golden.weights(name).items()}
+        if name == "sr":
+            save_file(state, folder / "model_1.safetensors")
+        else:
+            torch.save({**state, "betas": torch.zeros(1000)}, folder / "pytorch_model_1.bin")
+    stages = sample.load_stages(tmp_path)
+    z = golden.load("low")
+    with torch.no_grad():
+        assert (stages["low"][0].eval()(z["x"], z["t"] / 1000, z["cond"])[golden.EVERY] - z["out_eval"]).abs().max() < 1e-4
+    assert stages["sr"][1]["grid"] == 256 and stages["low"][1]["grid"] == 64
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil_ran", "w"))
+
+
+def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "there/sample").mkdir(parents=True)
+    for name, content in (("pointer", b"version https://git-lfs.github.com/spec/v1\noid"), ("evil", None), ("swapped", (model / "sr.safetensors").read_bytes())):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "low.safetensors").write_bytes(content)
+    (tmp_path / "evil/x_ckpt").mkdir()
+    torch.save({"denoise_fn.x": Evil()}, tmp_path / "evil/x_ckpt/pytorch_model_1.bin")
+    (tmp_path / "locked").write_text("a file, not a folder")
+    cases = [(["--guidance", "nan"], "--guidance nan"), (["--low-steps", "0"], "--low-steps 0"), (["--seed", "-1"], "--seed"), (["--samples", "0"], "--samples"),
+             (["--report", tmp_path / "empty.txt"], "no words"), (["--report", tmp_path / "binary.txt"], "UTF-8"), (["--report", tmp_path / "none.txt"], "none.txt"),
+             (["--prompt", "a", "--report", tmp_path / "empty.txt"], "one text"), (["--airway", tmp_path / "none.nii"], "no such file"), (["--out", tmp_path / "there"], "--overwrite"),
+             (["--ct", airway, "--airway", airway], "leave the masks out"), (["--ct", airway], "Hounsfield"), (["--model", tmp_path / "none"], "no such folder"),
+             (["--model", tmp_path / "pointer"], "not readable safetensors"), (["--model", tmp_path / "swapped"], "kind sr"), (["--model", tmp_path / "evil"], "refused"),
+             (["--prompt", "x", "--text", tmp_path / "none"], "text model"), (["--out", tmp_path / "locked"], "locked"), (["--airway", airway, "--center", 900, 0, 0], "field of view")]
+    before = sorted(tmp_path.rglob("*"))
+    for args, words in cases:
+        with pytest.raises(SystemExit) as e:
+            run(model, tmp_path / "out", *args)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and err.startswith("error: ") and err.count("\n") == 1, (args, err)
+    assert not (tmp_path / "evil_ran").exists()
+    assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and p.name not in ("out",)] == []
+
+
+def test_a_sample_that_is_not_finite_is_not_written(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "ddim_sample", lambda net, noise, *a, **k: noise * float("nan"))
+    with pytest.raises(SystemExit) as e:
+        run(model, tmp_path / "out")
+    assert e.value.code == 1 and "not finite" in capsys.readouterr().err and list((tmp_path / "out").iterdir()) == []

@@ -1,0 +1,174 @@
+"""Claims about the text encoder, on CPU and offline, with a BERT of 32 numbers and 2 layers."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import text_encoder as te
+
+FACTS = {"effusion": ("fluid lies behind the {} lung", "{} effusion"), "nodule": ("a small round lesion in the {} lung", "{} nodule"),
+         "pneumonia": ("patchy opacity of the {} lung", "{} pneumonia"), "clear": ("the {} lung is clear", "normal {} lung")}
+REPORTS = [te.Report(f"{fact}{side}{n}", f"{opening} {seen.format(side)}.", f"{called.format(side)}.")
+           for fact, (seen, called) in FACTS.items() for side in ("left", "right")
+           for n, opening in enumerate(("today", "on this scan", "compared with before"))]            # 24 subjects, 8 Impressions
+TEXTS = [f"Findings: {r.findings}\nImpression: {r.impression}" for r in REPORTS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model trained from scratch by the command line on 24 reports."""
+    root = tmp_path_factory.mktemp("text")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                              # so small a net only waits for its other threads
+    (root / "reports.jsonl").write_text("\n".join(json.dumps(r._asdict()) for r in REPORTS))
+    te.main(["train", "--reports", str(root / "reports.jsonl"), "--out", str(root / "model"), "--scratch", "--steps", "160", "--batch", "16",
+             "--lr", "5e-3", "--width", "32", "--layers", "2", "--heads", "2", "--vocab", "200", "--tokens", "32", "--held-out", "0.25", "--device", "cpu"])
+    torch.set_num_threads(threads)
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return te.load(folder, tokens=32)
+
+
+def test_training_beats_chance_on_reports_it_never_saw(folder):
+    record = json.loads((folder / "text_training.json").read_text())
+    words, pairs = record["held_out"]["words"], record["held_out"]["pairs"]
+    assert record["held_out_reports"] == 6 and not list(folder.parent.glob("*.part"))
+    assert pairs["accuracy"] > 0.7 and pairs["loss"] < 0.6931                    # log 2 is a coin
+    assert words["accuracy"] > 2 * words["chance"] and words["loss"] < 2      # log 200 = 5.3 is a blind guess
+
+
+def test_encode_gives_fixed_shape_and_marks_real_tokens(encoder):
+    context, mask = encoder.encode([TEXTS[0], "a nodule"])
+    assert context.shape == (2, 32, 32) and context.dtype == torch.float32 and mask.shape == (2, 32) and mask.dtype == torch.bool
+    assert mask[1].sum() == 4 and mask[1, :4].all()                               # [CLS] a nodule [SEP]
+    assert (context[1, 4:].abs().sum(1) > 0).all()                                # padding's states are kept
+    assert not context.requires_grad and not encoder.bert.training
+
+
+def test_padding_changes_no_real_token(encoder, folder):
+    short, mask = encoder.encode(TEXTS[:3])
+    long, long_mask = te.load(folder, tokens=64).encode(TEXTS[:3])
+    assert torch.equal(mask.sum(1), long_mask.sum(1))
+    torch.testing.assert_close(short[mask], long[long_mask], atol=1e-5, rtol=1e-5)
+
+
+def test_report_is_encoded_as_the_pair_it_was_trained_as(encoder):
+    tokenizer = encoder.tokenizer
+    ids, kinds, mask = encoder.tokenise([TEXTS[0]])
+    theirs = tokenizer(REPORTS[0].findings, REPORTS[0].impression, padding="max_length", max_length=32)
+    assert ids[0].tolist() == theirs["input_ids"] and kinds[0].tolist() == theirs["token_type_ids"]
+    assert mask[0].int().tolist() == theirs["attention_mask"]
+
+
+def test_too_long_report_is_cut_with_a_warning_but_keeps_its_impression(encoder, capsys):
+    ids, kinds, mask = encoder.tokenise(["Findings: " + "the lung is clear " * 50 + "\nImpression: left nodule."])
+    assert "longer than 32 tokens" in capsys.readouterr().err and mask.all()
+    assert encoder.tokenizer.decode(ids[0][kinds[0] == 1]) == "left nodule. [SEP]"
+    ids, kinds, mask = encoder.tokenise(["Findings: " + "clear " * 50 + "\nImpression: " + "nodule " * 50])
+    assert mask.all() and kinds.sum() == 15                                       # half of the room, and [SEP]
+
+
+def test_fifteen_percent_of_the_words_are_masked_and_no_special_token(encoder):
+    tokenizer = encoder.tokenizer
+    ids, _, mask, _ = te.pack(tokenizer, [r[1:] for r in REPORTS] * 20, 32)
+    holes, chosen = te.mask_words(ids, tokenizer, te.seeded(0, 0))
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    assert not (chosen & special).any() and not (chosen & ~mask).any()
+    assert abs(chosen.sum() / (~special).sum() - 0.15) < 0.02
+    assert (holes[chosen] == tokenizer.mask_token_id).all() and torch.equal(holes[~chosen], ids[~chosen])
+
+
+def test_half_of_the_impressions_are_another_subjects_and_labelled_so():
+    pairs, paired = te.swap_sections(REPORTS * 20, REPORTS, te.seeded(0, 0))
+    assert abs(paired.mean() - 0.5) < 0.1
+    for report, (findings, impression), own in zip(REPORTS * 20, pairs, paired):
+        assert findings == report.findings and (impression == report.impression) == bool(own)
+        assert impression in {r.impression for r in REPORTS}
+    with pytest.raises(ValueError, match="no other subject"):
+        te.another_impression(REPORTS[0], REPORTS[:3], te.seeded(0, 0))            # three subjects with the same words
+
+
+def test_losses_are_the_formulas_of_their_docstrings():
+    logits, words = torch.randn(5, 7), torch.tensor([0, 6, 3, 3, 1])
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(te.masked_word_loss(logits, words), -p[range(5), words].log().mean())
+    logits, paired = torch.randn(4), torch.tensor([1.0, 0, 0, 1])
+    p = 1 / (1 + (-logits).exp())
+    torch.testing.assert_close(te.paired_section_loss(logits, paired), -torch.where(paired == 1, p, 1 - p).log().mean())
+
+
+@pytest.mark.parametrize("text, sections", [
+    ("Findings: Clear  lungs.\nImpression: Normal.", ("Clear lungs.", "Normal.")),
+    ("FINDINGS: Clear. IMPRESSION:\n1. Normal.", ("Clear.", "1. Normal.")),
+    ("Large effusion on the left.", ("Large effusion on the left.", ""))])
+def test_sections_are_found_by_their_headings(text, sections):
+    assert te.split_sections(text) == sections
+
+
+def test_reports_without_headings_are_split_at_the_first_mark_else_before_the_last_two_sentences():
+    assert te.split_run_together('Clear. Bones normal. " Nodules " Cyst.') == ("Clear. Bones normal.", "Nodules Cyst.")
+    assert te.split_run_together("Clear. • Nodules. • Cyst.") == ("Clear.", "Nodules. Cyst.")
+    assert te.split_run_together("Clear. Bones normal. No infection. Repeat it.") == ("Clear. Bones normal.", "No infection. Repeat it.")
+
+
+def test_embed_writes_what_encode_gives(folder, encoder, tmp_path):
+    for n in range(3):
+        (tmp_path / f"case{n}").mkdir()
+        (tmp_path / f"case{n}" / "ct.npy").touch()
+        (tmp_path / f"case{n}" / "report.txt").write_text(TEXTS[n])
+    command = ["embed", str(tmp_path), "--model", str(folder), "--tokens", "32", "--batch", "2", "--device", "cpu"]
+    te.main(command)
+    for n in range(3):
+        saved = np.load(tmp_path / f"case{n}" / "text.npy")
+        assert saved.shape == (32, 32) and saved.dtype == np.float16
+        np.testing.assert_allclose(saved, encoder.encode([TEXTS[n]])[0][0].numpy(), atol=2e-3)
+        (tmp_path / f"case{n}" / "text.npy").unlink()
+    (tmp_path / "case2" / "report.txt").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        te.main(command)
+    assert stop.value.code == 2 and not list(tmp_path.glob("*/text.npy*"))         # nothing, not even the sound cases
+
+
+def test_saved_model_encodes_as_it_did_and_trains_on(folder, encoder, tmp_path):
+    bert, tokenizer = te.read_model(folder, 32, masked_words=True)
+    te.save(tmp_path / "again", bert, tokenizer, {})
+    assert torch.equal(te.load(tmp_path / "again", tokens=32).encode(TEXTS)[0], encoder.encode(TEXTS)[0])
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "/nowhere", te.CXR_BERT])
+def test_missing_model_is_refused_and_never_a_tokenizer_of_five(name):
+    with pytest.raises(ValueError, match="pass a local folder"):
+        te.load(name)
+
+
+def test_broken_models_are_refused(folder, encoder, tmp_path):
+    te.save(tmp_path / "m", *te.read_model(folder, 32, masked_words=True), {})
+    (tmp_path / "m" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="not readable"):
+        te.load(tmp_path / "m")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "m" / file).unlink()
+    (tmp_path / "m" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="5 tokens in the tokenizer"):
+        te.load(tmp_path / "m")
+    with pytest.raises(ValueError, match="takes 8 to 512"):
+        te.load(folder, tokens=600)
+
+
+def test_empty_and_unknown_words(encoder, capsys):
+    for text in ("", "  \n", "Findings: \nImpression: ", None):
+        with pytest.raises(ValueError, match="empty"):
+            encoder.encode([text])
+    encoder.encode(["Ωμέγα ж ж ж lung"])
+    assert "unknown words" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--steps", "-1"], ["--held-out", "nan"], ["--seed", "-1"], ["--scra"], ["--batch", "25"], ["--width", "30"]])
+def test_wrong_flags_exit_2_and_write_nothing(flags, folder, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        te.main(["train", "--reports", str(folder.parent / "reports.jsonl"), "--out", str(tmp_path / "m"), "--scratch", "--batch", "4", *flags])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())

@@ -1,0 +1,148 @@
+"""Training: it learns, resumes to the bit, and does not depend on the number of processes."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_low
+import train_sr
+from data import Cases, cases
+from diffusion import ddim_sample, times
+from sample import read_safetensors
+from unet3d import UNet3D
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "2", "--heads", "1", "--batch", "4", "--micro", "2", "--workers", "0",
+        "--holdout", "1", "--show_every", "1000", "--log_every", "1", "--ema_start", "3"]
+
+
+def weights(out, kind="low"):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def same(a, b):
+    return all(torch.equal(a[part][k], b[part][k]) for part in ("net", "ema") for k in a[part])
+
+
+def torchrun(script, *args, n=2, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, **options)
+
+
+def low(phantoms, out, *more):
+    train_low.main([*TINY, "--data", str(phantoms), "--out", str(out), *map(str, more)])
+
+
+def test_resume_is_bit_exact_at_odd_places(phantoms, tmp_path):
+    low(phantoms, tmp_path / "whole", "--steps", 7, "--save_every", 100)
+    for until in (1, 3, 4, 7):                                           # 5 cases, 4 a step: within and across epochs
+        low(phantoms, tmp_path / "parts", "--steps", until, "--save_every", 2)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    rows = list(csv.DictReader(open(tmp_path / "parts/loss.csv")))
+    whole = list(csv.DictReader(open(tmp_path / "whole/loss.csv")))
+    assert [(r["step"], r["loss"]) for r in rows] == [(r["step"], r["loss"]) for r in whole] and len(rows) == 7
+
+
+def test_two_processes_match_one_and_resume_to_the_bit(phantoms, tmp_path):
+    common = [*TINY, "--data", phantoms, "--no-amp"]
+    train_low.main([*map(str, common), "--out", str(tmp_path / "one"), "--steps", "5"])
+    for out, steps in (("whole", 5), ("parts", 2), ("parts", 5)):
+        done = torchrun("train_low.py", *common, "--out", tmp_path / out, "--steps", steps)
+        assert done.returncode == 0, done.stderr
+    one, whole, parts = (weights(tmp_path / out) for out in ("one", "whole", "parts"))
+    assert same(whole, parts)
+    assert max((one["net"][k] - whole["net"][k]).abs().max() for k in one["net"]) < 1e-5
+
+
+def test_two_processes_train_stage_2(phantoms, tmp_path):
+    done = torchrun("train_sr.py", *TINY, "--data", phantoms, "--out", tmp_path / "sr", "--steps", 2, "--crop", "16,16,16")
+    assert done.returncode == 0, done.stderr
+    net, about = exported(tmp_path / "sr", "sr")
+    assert about["grid"] == 32 and net.args["in_channels"] == 8
+
+
+def exported(out, kind):
+    state, about = read_safetensors(out / f"{kind}.safetensors")
+    assert about["kind"] == kind
+    net = UNet3D(**about["args"])
+    net.load_state_dict({k: v.float() for k, v in state.items()})
+    return net, about
+
+
+def test_300_steps_on_one_case_give_that_case_back(phantoms, tmp_path):
+    one = tmp_path / "data"
+    one.mkdir()
+    os.symlink(cases(phantoms)[0], one / "only")
+    train_low.main(["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "1", "--heads", "1", "--lr", "3e-3", "--batch", "2", "--micro", "2", "--workers", "0",
+                    "--holdout", "0", "--data", str(one), "--out", str(tmp_path / "run"), "--steps", "300", "--log_every", "1", "--ema_start", "250"])
+    losses = [float(r["loss"]) for r in csv.DictReader(open(tmp_path / "run/loss.csv"))]
+    assert sum(losses[-20:]) < sum(losses[:20]) / 10
+    net, about = exported(tmp_path / "run", "low")
+    assert about["step"] == 300 and about["provenance"]["cases"] == 1
+    _, x0, text = Cases(cases(one), 0)[0]
+    noise = torch.randn(1, *x0.shape, generator=torch.Generator().manual_seed(5))
+    made = ddim_sample(net.eval(), noise, times(20), text[None])
+    assert (made - x0).square().mean() < 0.01 < x0.var() / 10
+
+
+def test_a_signal_stops_after_a_step_and_the_same_command_goes_on(phantoms, tmp_path):
+    command = [sys.executable, str(ROOT / "train_low.py"), *TINY, "--data", str(phantoms), "--out", str(tmp_path / "a"), "--save_every", "100000"]
+    process = subprocess.Popen([*command, "--steps", "100000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "a/lock").exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped at step" in out, err
+    step = weights(tmp_path / "a")["step"]
+    low(phantoms, tmp_path / "a", "--steps", step + 1)
+    low(phantoms, tmp_path / "b", "--steps", step + 1)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def fails(capsys, *args, run=train_low.main):
+    with pytest.raises(SystemExit) as e:
+        run(list(map(str, args)))
+    return e.value.code, capsys.readouterr().err
+
+
+def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
+    low(phantoms, tmp_path / "a", "--steps", 1)
+    capsys.readouterr()
+    for args, words in [(["--data", tmp_path / "none"], "phantom.py"), (["--data", phantoms, "--out", tmp_path / "a", "--dim", "16"], "dim 8 -> 16"),
+                        (["--data", phantoms, "--batch", "3"], "multiple"), (["--data", phantoms, "--lr", "nan"], "--lr nan"),
+                        (["--data", phantoms, "--preset", "huge"], "paper or demo"), (["--data", phantoms, "--steps", "0"], "--steps 0")]:
+        code, err = fails(capsys, *TINY, *args)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)
+    assert code == 2 and "--crop" in err
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", run=train_sr.main)
+    assert code == 2 and "kind low" in err
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(phantoms, tmp_path, capsys, monkeypatch):
+    low(phantoms, tmp_path / "a", "--steps", 2)
+    before = weights(tmp_path / "a")
+    monkeypatch.setattr(train_low, "loss", lambda net, x0, *a, **k: net(x0, torch.zeros(len(x0))).mean() * float("nan"))
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--steps", 4)
+    assert code == 1 and "not finite" in err and same(before, weights(tmp_path / "a"))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(phantoms, tmp_path, capsys):
+    low(phantoms, tmp_path / "a", "--steps", 4, "--save_every", 2)
+    low(phantoms, tmp_path / "b", "--steps", 5)
+    raw = (tmp_path / "a/last.pt").read_bytes()
+    (tmp_path / "a/last.pt").write_bytes(raw[:len(raw) // 2])
+    low(phantoms, tmp_path / "a", "--steps", 5)
+    assert "trying the one before" in capsys.readouterr().err
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "a" / name).write_bytes(b"junk")
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--steps", 6)
+    assert code == 2 and "no checkpoint is readable" in err

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from data import FOV, exits, write_case
+from data import CHANNELS, FOV, SCALE, encode, exits, picture, write_case
 
 # Frame: z inferior -> superior, y posterior -> anterior, x right -> left, in mm from the centre of the field of view; points are (z, y, x).
 LOBES = {"LUL": 1, "LLL": 2, "RUL": 3, "RML": 4, "RLL": 5}
@@ -436,28 +437,6 @@ def write_report(rng, truth, wording, nodule_lobe=None):
     return f"Findings: {' '.join(rng.permutation(findings))}\nImpression: {' '.join(impression)}"
 
 
-def picture(path, cases):
-    """Three mid-planes of each case (axial from below as radiologists look, coronal, sagittal), lobes, airway and vessels as outlines."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, rows = plt.subplots(len(cases), 3, figsize=(12, 4 * len(cases)), squeeze=False)
-    for row, case in zip(rows, cases):
-        n = len(case["ct"])
-        # array axes -> picture: front up in the axial plane, head up in the others; the patient's right is on the left in axial and coronal
-        planes = [(n // 2, slice(None), slice(None)), (slice(None), int(0.46 * n), slice(None)), (slice(None), slice(None), int(0.36 * n))]
-        for axis, cut, mm in zip(row, planes, [(FOV[1], FOV[2]), (FOV[0], FOV[2]), (FOV[0], FOV[1])]):
-            axis.imshow(case["ct"][cut], cmap="gray", vmin=-1024, vmax=600, origin="lower", aspect=mm[0] / mm[1])
-            for i in range(1, 6):
-                axis.contour(case["lobe"][cut] == i, [0.5], colors=[plt.cm.Set1(i)], linewidths=0.6)
-            for name, colour in (("airway", "cyan"), ("vessel", "red")):
-                axis.contour(case[name][cut], [0.5], colors=colour, linewidths=0.5)
-            axis.axis("off")
-        row[1].set_title(case["report"].split("Impression: ")[1], fontsize=9)
-    figure.savefig(path, dpi=80, bbox_inches="tight")
-    plt.close(figure)
-
-
 def write_one(job):
     """Make and write case (folder, seed, grid, wording); one argument, because Pool.imap passes one."""
     folder, seed, grid, wording = job
@@ -470,7 +449,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("data/train"), help="folder for the cases")
     p.add_argument("--n", type=int, default=512, help="number of cases; those already there are kept")
     p.add_argument("--seed", type=int, default=0, help="case i is made from seed + i")
-    p.add_argument("--grid", type=int, default=128, help="voxels a side")
+    p.add_argument("--grid", type=int, default=256 if torch.cuda.is_available() else 128, help="voxels a side: 256, the paper's, where there is a GPU; else 128")
     p.add_argument("--wording", default="train", help="report sentences: train, or held-out to test generalisation")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     p.add_argument("--picture", type=Path, help="also save a PNG of the first cases here")
@@ -479,6 +458,8 @@ def main(argv=None):
         for name, least in (("n", 1), ("seed", 0), ("grid", 16), ("workers", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}; it must be at least {least}; give a larger number")
+        if args.grid % SCALE:
+            raise ValueError(f"--grid {args.grid}; a multiple of {SCALE} is needed, for the low-resolution grid; use 128 or 256")
         if args.wording not in SENTENCES:
             raise ValueError(f"--wording {args.wording}; wordings are {', '.join(SENTENCES)}; choose one of them")
         jobs = [(args.out / f"phantom_{i:06d}", args.seed + i, args.grid, args.wording) for i in range(args.n)]
@@ -488,7 +469,8 @@ def main(argv=None):
             for _ in tqdm(pool.imap_unordered(write_one, todo), total=len(todo), unit="case", desc="phantoms"):
                 pass
         if args.picture:
-            picture(args.picture, [make(seed, grid, wording) for _, seed, grid, wording in jobs[:4]])
+            shown = [make(seed, grid, wording) for _, seed, grid, wording in jobs[:4]]
+            picture(args.picture, [[encode(c, case[c]) for c in CHANNELS] for case in shown], [case["report"].split("Impression: ")[1] for case in shown])
         size = " x ".join(f"{f / args.grid:.3f}" for f in FOV)
         print(f"wrote {len(todo)} cases ({len(jobs) - len(todo)} were there) of {args.grid}^3 voxels, {size} mm (D,H,W), to {args.out}")
 

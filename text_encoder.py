@@ -61,7 +61,7 @@ def load_reports(paths):
                     texts.append((str(subject), "Findings: " + row["findings"] + "\nImpression: " + row["impression"]
                                   if "impression" in row else row["text"] + ""))
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ValueError(f"{path}: line {number} is no report; a line is JSON with 'text', or 'findings' and 'impression'; mend it") from None
+                    raise ValueError(f"{path}: line {number} is no report; a line has 'text', or 'findings' and 'impression'; mend it") from None
         else:
             files = [path] if not path.is_dir() else sorted(path.glob("*/report.txt")) or sorted(path.glob("*.txt"))
             if not files:
@@ -130,9 +130,9 @@ class TextEncoder:
 
     def tokenise(self, texts):
         """Reports or prompts -> ids, kinds, mask (B,N). What the network will not see or not know is said on stderr."""
-        if not all(isinstance(text, str) and any(split_sections(text)) for text in texts):
+        pairs = [split_sections(text or "") for text in texts]
+        if not all(map(any, pairs)):
             raise ValueError("an empty report; a report is text, 'Findings: ... Impression: ...' or a prompt; write one")
-        pairs = [split_sections(text) for text in texts]
         pairs = [pair if pair[0] else pair[::-1] for pair in pairs]                # an Impression alone is a prompt
         ids, kinds, mask, lengths = pack(self.tokenizer, pairs, self.tokens)
         over = sum(n > self.tokens for n in lengths)
@@ -256,7 +256,7 @@ def from_scratch(a, reports):
     config = BertConfig(vocab_size=len(vocabulary[0]), hidden_size=a.width, num_hidden_layers=a.layers, num_attention_heads=a.heads,
                         intermediate_size=4 * a.width, max_position_embeddings=max(512, a.tokens),
                         initializer_range=a.width ** -0.5,                         # BERT's 0.02 suits 768; narrower, it learns word counts only
-                        hidden_dropout_prob=0, attention_probs_dropout_prob=0)     # context is found in half the steps without
+                        hidden_dropout_prob=a.dropout, attention_probs_dropout_prob=a.dropout)
     return BertForMaskedLM(config), BertTokenizer(vocab=vocabulary[0])
 
 
@@ -269,10 +269,14 @@ def train(a):
     if len(kept) < 2 or len(reports) < a.batch or a.batch % world:
         raise ValueError(f"{len(reports)} reports to train on, {len(kept)} subjects held out, --batch {a.batch}, {world} processes; a batch is a multiple "
                          "of the processes and not more than the reports, 2 subjects or more are held out; add reports or change --batch, --held-out")
+    for r in held_out:
+        another_impression(r, held_out, seeded(a.seed, 0))                         # refuses now, not after the training, if there is none
     if out.exists() or not os.access(next(p for p in out.absolute().parents if p.exists()), os.W_OK):
         raise ValueError(f"--out {out} exists already, or its parent cannot be written; a model is a new folder; choose another")
 
     device = torch.device(a.device, int(os.environ.get("LOCAL_RANK", 0)) if a.device == "cuda" else None)
+    if a.device == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if a.device == "cuda" else "gloo")
     torch.manual_seed(a.seed)
@@ -372,8 +376,8 @@ def main(argv=None):
     c.add_argument("--lr", type=float, default=0, help="highest learning rate; 0: 5e-5, or 1e-3 from scratch (not in the paper)")
     c.add_argument("--held-out", type=float, default=0.1, help="share of subjects kept for the final figures")
     c.add_argument("--seed", type=int, default=0, help="decides held-out subjects, order, swaps, masks and first weights")
-    for name, default in dict(width=128, layers=4, heads=4, vocab=2000).items():
-        c.add_argument(f"--{name}", type=int, default=default, help=f"{name} of the BERT from scratch")
+    for name, default in dict(width=128, layers=4, heads=4, vocab=2000, dropout=0.1).items():
+        c.add_argument(f"--{name}", type=type(default), default=default, help=f"{name} of the BERT from scratch")
     e = commands.add_parser("embed", help="report.txt -> text.npy", **show)
     e.add_argument("data", help="folder of cases")
     e.add_argument("--model", required=True, help="text model: folder or hub name")
@@ -384,7 +388,7 @@ def main(argv=None):
     with exits():
         a = p.parse_args(argv)
         for name, value in vars(a).items():
-            low, high = dict(steps=(0, 2 ** 31), seed=(0, 2 ** 31), lr=(0, 1), held_out=(0, 1), tokens=(8, 2 ** 16)).get(name, (1, 2 ** 31))
+            low, high = dict(steps=(0, 2 ** 31), seed=(0, 2 ** 31), lr=(0, 1), held_out=(0, 1), dropout=(0, 1)).get(name, (1, 2 ** 31))
             if type(value) in (int, float) and not low <= value < high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}; it is at least {low} and below {high}; change it")
         if a.command == "train" and a.width % a.heads:

@@ -1,0 +1,64 @@
+"""Phantoms: the same by seed, true to their conditions and reports, and the same chest on every grid."""
+import numpy as np
+import pytest
+
+import data
+import phantom
+from phantom import make
+
+GRID = 48
+
+
+def test_a_seed_is_a_chest():
+    a, b, c = make(3, GRID), make(3, GRID), make(4, GRID)
+    assert all(np.array_equal(a[n], b[n]) for n in data.CHANNELS) and a["report"] == b["report"] and a["truth"] == b["truth"]
+    assert not np.array_equal(a["ct"], c["ct"])
+
+
+def test_a_seed_is_the_same_chest_on_every_grid():
+    coarse, fine = make(5, 48, effusion="none")["truth"], make(5, 96, effusion="none")["truth"]
+    assert np.allclose(coarse["lobe_ml"], fine["lobe_ml"], rtol=0.06) and coarse["airway_mm3"] == pytest.approx(fine["airway_mm3"], rel=0.2)
+
+
+def test_an_effusion_is_on_its_side_and_as_large_as_asked():
+    for side, other in (("left", "right"), ("right", "left")):
+        sizes = [make(7, GRID, effusion=side, effusion_size=s, nodules=0)["truth"] for s in ("small", "moderate", "large")]
+        assert all(t[f"effusion_{other}_ml"] == 0 for t in sizes)
+        assert sizes[0]["effusion_ml"] < 200 < sizes[1]["effusion_ml"] < 700 < sizes[2]["effusion_ml"]
+    made = make(7, GRID, effusion="left", effusion_size="large")
+    assert np.argwhere(made["masks"]["effusion"])[:, 2].min() > GRID * 0.5   # W grows towards the patient's left
+
+
+def test_truth_follows_the_conditions():
+    quiet = dict(effusion="none", consolidation=None, nodules=0)
+    for seed in (1, 2, 3):
+        normal, sick = make(seed, 64, cardiomegaly=False, bullae=False, **quiet)["truth"], make(seed, 64, cardiomegaly=True, bullae=True, **quiet)["truth"]
+        assert 0.36 < normal["ctr"] < 0.52 < sick["ctr"] < 0.75
+        assert normal["laa950_percent"] < 0.3 and 1 < sick["laa950_percent"] < 20
+        assert 2.5e4 < normal["airway_mm3"] < 7e4
+
+
+def test_lobes_lie_where_they_should():
+    case = make(9, 64, effusion="none")
+    place = {i: np.argwhere(case["lobe"] == i).mean(0) for i in range(1, 6)}     # (D,H,W)
+    assert min(place[1][2], place[2][2]) > 32 > max(place[i][2] for i in (3, 4, 5))
+    assert place[1][0] > place[2][0] and place[3][0] > place[4][0] and place[3][0] > place[5][0]
+    assert place[4][1] > place[5][1] and place[1][1] > place[2][1]               # middle lobe in front of the lower one
+
+
+def test_reports_say_what_is_there_in_words_of_their_set():
+    for wording in phantom.SENTENCES:
+        for seed in range(4):
+            text = make(seed, 16, wording, effusion="left", effusion_size="large", cardiomegaly=False, bullae=False, consolidation=None, nodules=0)["report"]
+            assert text.startswith("Findings: ") and "\nImpression: " in text and "left" in text and len(text.split()) < 150
+    sets = [{t for topic in s.values() for t in topic} for s in phantom.SENTENCES.values()]
+    assert not sets[0] & sets[1]
+
+
+def test_conditions_that_do_not_exist_are_named():
+    with pytest.raises(ValueError, match="effusion is one of"):
+        make(0, 16, effusion="middle")
+    with pytest.raises(ValueError, match="unknown condition"):
+        make(0, 16, tumour=True)
+    with pytest.raises(SystemExit):
+        phantom.main(["--n", "0"])

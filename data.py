@@ -314,8 +314,8 @@ class Cases(Dataset):
         for case in folders:
             lacking = [n for n in need if not (case / f"{n}.npy").exists()]
             if lacking:
-                way = "python text_encoder.py embed" if "text" in lacking else "python data.py check"
-                raise ValueError(f"{case}: no {', '.join(n + '.npy' for n in lacking)}; stage {2 if crop else 1} needs them; run {way} {case.parent}")
+                way = f"python text_encoder.py embed {case.parent} --model runs/text" if "text" in lacking else f"python data.py check {case.parent}"
+                raise ValueError(f"{case}: no {', '.join(n + '.npy' for n in lacking)}; stage {2 if crop else 1} needs them; run {way}")
         full = np.load(folders[0] / "low.npy", mmap_mode="r").shape[-1] * SCALE
         if crop and max(crop) > full:
             raise ValueError(f"crop {crop} is larger than the grid {full}; a crop lies inside; choose --crop again")

@@ -417,6 +417,42 @@ def measure(ct, lobe, airway, masks, voxel_ml):
             "lung_ml": float((lobe > 0).sum() * voxel_ml), "lobe_ml": [float((lobe == i).sum() * voxel_ml) for i in range(1, 6)]}
 
 
+def edge_of(shape):
+    """The outermost voxels right, left, behind and in front, bool (D,H,W)."""
+    edge = np.zeros(shape, bool)
+    edge[:, [0, -1]] = edge[:, :, [0, -1]] = True
+    return edge
+
+
+def segment(ct, lobe, voxel):
+    """Threshold segmenters, for phantoms and for samples of networks trained on them; on patients they mean nothing.
+    ct: HU (D,H,W), lobe: labels (D,H,W), voxel: mm (3,). Returns bool masks {airway, effusion, heart, thorax}."""
+    from scipy import ndimage
+    ball = lambda mm: sum((np.arange(-int(mm / v), int(mm / v) + 1).reshape(np.roll((-1, 1, 1), i)) * v) ** 2 for i, v in enumerate(voxel)) <= mm ** 2
+    smooth = ndimage.uniform_filter(ct.astype(np.float32), 3)
+    lung = lobe > 0
+    touching = ndimage.binary_dilation(lung)
+
+    def tree(dark):                                                        # the part of the dark voxels that enters at the top, where the trachea does
+        labels, _ = ndimage.label(dark, np.ones((3, 3, 3)))
+        top = labels[-3:][labels[-3:] > 0]
+        return labels == np.bincount(top).argmax() if len(top) else dark
+    dark = ct < -945
+    dark &= ~ndimage.binary_propagation(edge_of(ct.shape), mask=dark)      # without the air around the body
+    airway = tree(dark)
+    airway = tree(airway & ~ndimage.binary_opening(airway, ball(11)))      # a bulla that touches a bronchus is wider than any airway
+
+    def bodies(low, high, mm):                                             # of a range of HU: bodies thicker than 2 mm, to their own outline
+        core = ndimage.binary_opening((smooth > low) & (smooth < high) & ~lung & ~airway, ball(mm))
+        near = ndimage.binary_dilation(core, iterations=2) & ~lung & ~airway
+        return ndimage.label(core | near & (ct > low - 10) & (ct < high + 20))[0]
+    water = bodies(-35, 32, 6)                                             # effusion touches the lung; spinal canal and stomach do not
+    effusion = np.isin(water, np.setdiff1d(water[touching], 0))
+    blood = bodies(140, 260, 8)
+    heart = blood == max(1, np.bincount(blood.ravel())[1:].argmax() + 1) if blood.any() else blood > 0
+    return {"airway": airway, "effusion": effusion, "heart": heart, "thorax": lung | effusion | heart}
+
+
 def write_report(rng, truth, wording, nodule_lobe=None):
     """"Findings: ...\\nImpression: ..." for the truth of a case, under 150 words; sentences and their order vary with rng."""
     count, said = len(truth["nodule_mm"]), SENTENCES[wording]

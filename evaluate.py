@@ -293,12 +293,13 @@ def mmd2(a, b):
 
 def fid(args):
     """Table 1: FID and MMD of two folders, and of the real one's halves, which is as near as a perfect generator gets with so few."""
+    counts = [len(case_folders(f)) for f in args.folders]
+    if min(counts[0] // 2, counts[1]) < 2:
+        raise ValueError(f"{counts[0]} real and {counts[1]} fake volumes; at least 4 and 2 are needed; the paper takes 1,024")
     device = torch.device(args.device)
     net, name = feature_net(args.weights)
     net.to(device)
     real, fake = (features(f, net, name, args.edge, device) for f in args.folders)
-    if min(len(real) // 2, len(fake)) < 2:
-        raise ValueError(f"{len(real)} real and {len(fake)} fake volumes; at least 4 and 2 are needed; the paper takes 1,024")
     half = np.random.default_rng(0).permutation(len(real))
     n = min(len(real) // 2, len(fake))
     pairs = {"real vs fake": (real, fake), f"real vs fake, {n} each": (real[half[:n]], fake[:n]), f"real vs real, {n} each": (real[half[:n]], real[half[n:2 * n]])}

@@ -118,10 +118,11 @@ def low_loss(cfg, net, batch):
 
 
 def low_samples(cfg, net, dataset, device, n=2):
-    """For the picture: real cases and samples from their reports, guidance 2 (the released previews').   -> lists of (4,...)"""
+    """For the picture: real cases and samples from their reports, guidance 2 (the released previews').   -> list of (4,g,g,g), their titles"""
     _, x0, text = next(iter(DataLoader(dataset, batch_size=min(n, len(dataset)))))
     _, _, eps = draw(torch.arange(len(x0)), x0.shape[1:], device, cfg.seed)
-    return x0, ddim_sample(net, eps, times(20), text.to(device), guidance=2.0).cpu()
+    made = ddim_sample(net, eps, times(20), text.to(device), guidance=2.0).cpu()
+    return [*x0, *made], ["held out"] * len(x0) + ["sample"] * len(x0)
 
 
 # --- the loop of both stages ---
@@ -276,8 +277,8 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world)
             append_log(out / "loss.csv", rows, step)
         if rank == 0 and shown:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
-                real, made = samples_fn(cfg, ema, held_out, device)
-            picture(out / f"samples_{step:06d}.png", [*real, *made], ["held out"] * len(real) + ["sample"] * len(made), f"step {step}")
+                volumes, titles = samples_fn(cfg, ema, held_out, device)
+            picture(out / f"samples_{step:06d}.png", volumes, titles, f"step {step}")
     bar.close()
     for s, handler in previous.items():
         signal.signal(s, handler)

@@ -61,11 +61,11 @@ def sr_loss(cfg, net, batch):
 
 
 def sr_samples(cfg, net, dataset, device):
-    """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.   -> (1,4,...), (2,4,...)"""
+    """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.   -> list of (4,...), their titles"""
     edge = min(128, SCALE * np.load(dataset.folders[0] / "low.npy", mmap_mode="r").shape[-1])
     key, x0, low = Cases(dataset.folders[:1], 0, (edge,) * 3)[0]
     _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
-    return x0[None], torch.cat([low[None], ddim_sample(net, eps, times(10), low=low[None].to(device)).cpu()])
+    return [x0, low, ddim_sample(net, eps, times(10), low=low[None].to(device))[0].cpu()], ["held out", "its low resolution", "sample"]
 
 
 def main(argv=None):

@@ -159,7 +159,7 @@ def test_augment_tells_classes_apart(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [(folders / g / f"case{i}" / "ct.nii.gz", g) for g in ("well", "ill") for i in range(3)] * 2
     (tmp_path / "r.csv").write_text("file,label\n" + "".join(f"{p},{g}\n" for p, g in rows))
-    monkeypatch.setattr(evaluate.classify, "__defaults__", (3,))
+    monkeypatch.setattr(evaluate.classify, "__defaults__", (1,))
     evaluate.main(["augment", "r.csv", "r.csv"])
     scores = list(csv.DictReader(open("augment.csv")))
     assert len(scores) == 2 * 5 * 2 and "real + synthetic" in capsys.readouterr().out

@@ -204,16 +204,9 @@ def validate(cfg, net, dataset, loss_fn, device):
     return total / (4 * len(dataset))
 
 
-def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world):
-    """The loop: `cfg.steps` updates of `net` on `dataset` by `loss_fn(cfg, net, batch)`.   -> the EMA network"""
+def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world, asked):
+    """The loop: `cfg.steps` updates of `net` on `dataset` by `loss_fn(cfg, net, batch)`, or until `asked` holds a signal to stop."""
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / "lock", "w")
-    if rank == 0:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another training writes here; one run a folder; wait for it or choose another --out") from None
     grid = dataset[0][1].shape[-1] if cfg.kind == "low" else SCALE * held_grid(dataset)
     net.to(device).train()
     ema = deepcopy(net).eval().requires_grad_(False)
@@ -230,8 +223,6 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world)
                range(s * cfg.batch + rank * cfg.micro, (s + 1) * cfg.batch, cfg.micro * world)]
     loader = DataLoader(dataset, batch_sampler=numbers, num_workers=cfg.workers, pin_memory=device.type == "cuda")
     batches = iter(loader)
-    asked = []                                                           # signals that ask to stop, once the step is done
-    previous = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def backward(batch, scale):
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
@@ -280,11 +271,8 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world)
                 volumes, titles = samples_fn(cfg, ema, held_out, device)
             picture(out / f"samples_{step:06d}.png", volumes, titles, f"step {step}")
     bar.close()
-    for s, handler in previous.items():
-        signal.signal(s, handler)
     if rank == 0:
         print(f"{'stopped' if step < cfg.steps else 'done'} at step {step} of {cfg.steps}: {out / (cfg.kind + '.safetensors')} ({cfg.dim} wide, grid {grid}^3), {out / 'loss.csv'}")
-    return ema
 
 
 def held_grid(dataset):
@@ -303,6 +291,25 @@ def append_log(path, rows, step):
     rows.seek(0), rows.truncate()
 
 
+@contextlib.contextmanager
+def alone(out, rank):
+    """The run folder, for this run only, and a list that gathers the signals which ask to stop once the step is done."""
+    out.mkdir(parents=True, exist_ok=True)
+    asked = []
+    with open(out / "lock", "w") as lock:
+        try:
+            if rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another training writes here; one run a folder; wait for it or choose another --out") from None
+        before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield asked
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
 def run(cfg, make_net, make_data, loss_fn, samples_fn):
     """Processes, network, data, loop; stage 2 calls it too."""
     torch.manual_seed(cfg.seed)
@@ -311,7 +318,8 @@ def run(cfg, make_net, make_data, loss_fn, samples_fn):
         if rank == 0:
             print(f"preset {cfg.preset} on {device}, {world} process(es)")
         dataset, held_out = make_data(cfg)
-        train(cfg, make_net(cfg, dataset), dataset, held_out, loss_fn, samples_fn, device, rank, world)
+        with alone(Path(cfg.out), rank) as asked:
+            train(cfg, make_net(cfg, dataset), dataset, held_out, loss_fn, samples_fn, device, rank, world, asked)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

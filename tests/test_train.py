@@ -124,7 +124,7 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
         assert code == 2 and words in err and err.count("\n") == 1, err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)
     assert code == 2 and "--crop" in err
-    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", run=train_sr.main)
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--crop", "16,16,16", run=train_sr.main)
     assert code == 2 and "kind low" in err
 
 

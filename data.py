@@ -10,7 +10,6 @@ NIfTI goes in through its closest canonical form and comes out RAS+, so that eve
 import argparse
 import contextlib
 import gzip
-import io
 import json
 import os
 import shutil
@@ -162,12 +161,12 @@ def save_nifti(path, array, center=(0, 0, 0)):
 
 
 def write_atomic(path, data):
-    """Bytes to a file that appears whole or not at all: written beside, forced to disk, renamed."""
+    """Bytes, or what a function writes to a file, to a file that appears whole or not at all: written beside, forced to disk, renamed."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
-            f.write(data)
+            data(f) if callable(data) else f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -316,9 +315,10 @@ class Cases(Dataset):
             if lacking:
                 way = f"python text_encoder.py embed {case.parent} --model runs/text" if "text" in lacking else f"python data.py check {case.parent}"
                 raise ValueError(f"{case}: no {', '.join(n + '.npy' for n in lacking)}; stage {2 if crop else 1} needs them; run {way}")
-        full = np.load(folders[0] / "low.npy", mmap_mode="r").shape[-1] * SCALE
-        if crop and max(crop) > full:
-            raise ValueError(f"crop {crop} is larger than the grid {full}; a crop lies inside; choose --crop again")
+        low = np.load(folders[0] / "low.npy", mmap_mode="r").shape[-1]
+        self.grid = low * SCALE if crop else low                         # edge of the whole volume that the stage makes
+        if crop and max(crop) > self.grid:
+            raise ValueError(f"crop {crop} is larger than the grid {self.grid}; a crop lies inside; choose --crop again")
 
     def __len__(self):
         return len(self.folders)
@@ -374,10 +374,8 @@ def picture(path, volumes, titles, caption=""):
             ax.set_title(f"{title}, {name}" if ax is row[0] else name, color="white", fontsize=8)
     fig.text(0.01, 0.005, caption, color="white", fontsize=7)
     fig.tight_layout()
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=100, facecolor="black")
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100, facecolor="black"))
     plt.close(fig)
-    write_atomic(path, buffer.getvalue())
 
 
 # --- commands ---

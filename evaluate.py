@@ -7,6 +7,7 @@
     python evaluate.py ctr FOLDER ...                              # cardiothoracic ratio (table 4, fig. 5)
     python evaluate.py dice REF SEG [SEG]                          # Dice by structure and lobe (table 5)
     python evaluate.py prompts examples/prompts.txt --n 4          # samples of prompt pairs, measured (tables 2 to 4)
+    python evaluate.py phantoms                                    # the measurers against the truth of 100 fresh phantoms
     python evaluate.py augment REAL.csv SYNTHETIC.csv              # 5-fold accuracy and F1 with synthetic samples added (table 6)
 
 A FOLDER holds one folder a case, as sample.py and TotalSegmentator write them: ct, lobe, airway, vessel, heart, thorax, effusion .nii.gz.
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import LOBES, encode, exits, load_channel, load_nifti, read_report, resample, write_atomic
+from data import FOV, LOBES, encode, exits, grid_affine, load_channel, load_nifti, read_report, resample, write_atomic
 
 # A structure's file names, ours first, then TotalSegmentator's.
 FILES = {"ct": ["ct"], "lobe": ["lobe"], "vessel": ["vessel", "lung_vessels"], "airway": ["airway", "lung_trachea_bronchia"], "heart": ["heart"],
@@ -186,10 +187,8 @@ def histogram(path, groups, label):
     for name, values in groups.items():
         ax.hist(values, edges, alpha=0.5, density=True, label=f"{name} (n={len(values)})")
     ax.set_xlabel(label), ax.set_ylabel("density"), ax.legend()
-    buffer = io.BytesIO()
-    fig.savefig(buffer, dpi=100, bbox_inches="tight")
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100, bbox_inches="tight"))
     plt.close(fig)
-    write_atomic(path, buffer.getvalue())
 
 
 # --- FID and MMD (table 1) ---
@@ -263,9 +262,7 @@ def features(folder, net, name, edge, device):
             known[key], new = net(ct.to(device))[0].cpu().numpy(), new + 1
         out.append(known[key])
     if new:
-        buffer = io.BytesIO()
-        np.savez(buffer, **known)
-        write_atomic(store, buffer.getvalue())
+        write_atomic(store, lambda f: np.savez(f, **known))
     return np.stack(out)
 
 
@@ -310,6 +307,27 @@ def fid(args):
         values = dict(FID=frechet(a, b), MMD2=mmd2(a, b))
         print(f"{pair:26}{values['FID']:12.5f}{values['MMD2']:12.5f}")
         rows += [dict(folder=" ".join(args.folders), case=pair, measure=f"{k} ({name})", value=v, unit="1") for k, v in values.items()]
+    return rows
+
+
+# --- the measurers themselves, on phantoms whose truth is known ---
+
+def phantoms(args):
+    """Fresh phantoms, segmented by thresholds and measured, against the numbers they were drawn with: Pearson's r and mean error."""
+    import phantom
+    A = grid_affine(args.grid)[:, [2, 1, 0, 3]]                          # index (w,h,d) -> world
+    rows, truth = [], {name: [] for name in UNITS}
+    for seed in tqdm(range(args.seed, args.seed + args.n), leave=False):
+        case = phantom.make(seed, args.grid, "held-out")
+        found = {k: v.transpose(2, 1, 0) for k, v in phantom.segment(case["ct"], case["lobe"], [f / args.grid for f in FOV]).items()}
+        got = dict(airway=volume_mm3(found["airway"], A), effusion=volume_mm3(found["effusion"], A) / 1000, ctr=ctr(found["heart"], found["thorax"], A),
+                   laa=laa950(case["ct"].transpose(2, 1, 0), case["lobe"].transpose(2, 1, 0), found["airway"]))
+        for name, key in (("airway", "airway_mm3"), ("effusion", "effusion_ml"), ("laa", "laa950_percent"), ("ctr", "ctr")):
+            truth[name].append((case["truth"][key], got[name]))
+            rows.append(dict(folder="phantom", case=seed, measure=name, value=got[name], unit=UNITS[name]))
+    for name, pairs in truth.items():
+        a, b = np.array(pairs).T
+        print(f"{name:10} r = {np.corrcoef(a, b)[0, 1]:.4f}   mean |error| {np.abs(a - b).mean():.4g}, largest {np.abs(a - b).max():.4g} {UNITS[name]}")
     return rows
 
 
@@ -421,6 +439,8 @@ def main(argv=None):
     q.add_argument("--n", type=int, default=32, help="samples a prompt (the paper: 32)")
     q.add_argument("--out", default="out/prompts"), q.add_argument("--model")
     q.add_argument("--segment", default="phantom", choices=("none", "phantom", "totalseg"))
+    q = command("phantoms", phantoms, help="the measurers against the truth of fresh phantoms")
+    q.add_argument("--n", type=int, default=100), q.add_argument("--grid", type=int, default=128), q.add_argument("--seed", type=int, default=90000)
     q = command("augment", augment, help="5-fold classification with and without synthetic samples")
     q.add_argument("real", metavar="REAL.csv"), q.add_argument("synthetic", metavar="SYNTHETIC.csv"), q.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import SCALE, Cases, cases, exits, picture, write_atomic
+from data import Cases, cases, exits, picture, write_atomic
 from diffusion import ddim_sample, loss, times
 from unet3d import UNet3D
 
@@ -177,11 +177,9 @@ def load_checkpoint(out, cfg):
 
 def save_checkpoint(out, state):
     """last.pt becomes previous.pt, the new one appears whole."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "previous.pt")
-    write_atomic(out / "last.pt", buffer.getvalue())
+    write_atomic(out / "last.pt", lambda f: torch.save(state, f))
 
 
 def export(path, cfg, ema, grid, step, n):
@@ -195,19 +193,17 @@ def export(path, cfg, ema, grid, step, n):
 @torch.no_grad()
 def validate(cfg, net, dataset, loss_fn, device):
     """Mean loss over the held-out cases, each at 4 fixed draws of t and noise.   -> float"""
-    net.eval()
     total = 0.0
     for item in range(4 * len(dataset)):
         batch = [torch.as_tensor(x)[None].to(device) for x in dataset[item]]
-        total += loss_fn(cfg, net, batch).item()
-    net.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
+            total += loss_fn(cfg, net, batch).item()
     return total / (4 * len(dataset))
 
 
 def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world, asked):
     """The loop: `cfg.steps` updates of `net` on `dataset` by `loss_fn(cfg, net, batch)`, or until `asked` holds a signal to stop."""
     out = Path(cfg.out)
-    grid = dataset[0][1].shape[-1] if cfg.kind == "low" else SCALE * held_grid(dataset)
     net.to(device).train()
     ema = deepcopy(net).eval().requires_grad_(False)
     ema.checkpointing = False
@@ -264,7 +260,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
             log.writerow([step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - began:.1f}"])
         if rank == 0 and (step % cfg.save_every == 0 or last):
             save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
-            export(out / f"{cfg.kind}.safetensors", cfg, ema, grid, step, len(dataset))
+            export(out / f"{cfg.kind}.safetensors", cfg, ema, dataset.grid, step, len(dataset))
             append_log(out / "loss.csv", rows, step)
         if rank == 0 and shown:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
@@ -272,13 +268,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
             picture(out / f"samples_{step:06d}.png", volumes, titles, f"step {step}")
     bar.close()
     if rank == 0:
-        print(f"{'stopped' if step < cfg.steps else 'done'} at step {step} of {cfg.steps}: {out / (cfg.kind + '.safetensors')} ({cfg.dim} wide, grid {grid}^3), {out / 'loss.csv'}")
-
-
-def held_grid(dataset):
-    """Edge of the low-resolution grid of a stage-2 data set."""
-    import numpy as np
-    return np.load(dataset.folders[0] / "low.npy", mmap_mode="r").shape[-1]
+        print(f"{'stopped' if step < cfg.steps else 'done'} at step {step} of {cfg.steps}: {out / (cfg.kind + '.safetensors')} ({cfg.dim} wide, grid {dataset.grid}^3), {out / 'loss.csv'}")
 
 
 def append_log(path, rows, step):

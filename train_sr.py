@@ -6,13 +6,12 @@ Paper sec. 4.2.2, eq. 7 and 10; numbers from sec. 4.6 unless a line says otherwi
 
 The network sees [low, x_t] and no text. It is trained on crops and run on whole volumes: it has no position but what it sees.
 """
-import numpy as np
 import torch
 from dataclasses import dataclass
 from typing import ClassVar
 
 import train_low
-from data import SCALE, Cases, exits
+from data import Cases, exits
 from diffusion import augment_low, ddim_sample, loss, times
 from train_low import all_folders, arg, draw, parse, run
 from unet3d import UNet3D
@@ -62,8 +61,7 @@ def sr_loss(cfg, net, batch):
 
 def sr_samples(cfg, net, dataset, device):
     """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.   -> list of (4,...), their titles"""
-    edge = min(128, SCALE * np.load(dataset.folders[0] / "low.npy", mmap_mode="r").shape[-1])
-    key, x0, low = Cases(dataset.folders[:1], 0, (edge,) * 3)[0]
+    key, x0, low = Cases(dataset.folders[:1], 0, (min(128, dataset.grid),) * 3)[0]
     _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
     return [x0, low, ddim_sample(net, eps, times(10), low=low[None].to(device))[0].cpu()], ["held out", "its low resolution", "sample"]
 

@@ -1,5 +1,4 @@
 """The sampler is the original's, and right: golden trajectories, and cases whose answer is known in closed form."""
-import math
 
 import pytest
 import torch

@@ -126,6 +126,13 @@ def test_threshold_segmenters_find_what_the_phantom_has():
     assert ctr(ras(found["heart"]), ras(found["thorax"]), A) == pytest.approx(case["truth"]["ctr"], abs=0.03)
 
 
+def test_measurers_follow_the_truth_of_fresh_phantoms(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["phantoms", "--n", "8", "--grid", "96"])
+    r = {line.split()[0]: float(line.split()[3]) for line in capsys.readouterr().out.splitlines() if " r = " in line}
+    assert r.keys() == evaluate.UNITS.keys() and r["effusion"] > 0.98 and r["ctr"] > 0.98 and r["laa"] > 0.98
+
+
 def test_dice_command_resamples_and_is_one_with_itself(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for case in (folders / "well").iterdir():

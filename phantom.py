@@ -440,7 +440,8 @@ def segment(ct, lobe, voxel):
     dark = ct < -945
     dark &= ~ndimage.binary_propagation(edge_of(ct.shape), mask=dark)      # without the air around the body
     airway = tree(dark)
-    airway = tree(airway & ~ndimage.binary_opening(airway, ball(11)))      # a bulla that touches a bronchus is wider than any airway
+    wide = ndimage.binary_opening(airway, ball(7.5)) & lung                # a bulla that touches a bronchus is wider than any airway in the lung
+    airway = tree(airway & ~(ndimage.binary_dilation(wide, iterations=2) & lung))
 
     def bodies(low, high, mm):                                             # of a range of HU: bodies thicker than 2 mm, to their own outline
         core = ndimage.binary_opening((smooth > low) & (smooth < high) & ~lung & ~airway, ball(mm))

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter, deque, namedtuple
+from collections import deque, namedtuple
 from pathlib import Path
 
 import numpy as np

@@ -217,7 +217,8 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
     accum = cfg.batch // (cfg.micro * world)
     numbers = [range(k, k + cfg.micro) for s in range(step, cfg.steps) for k in                    # this process's samples, micro-batch by micro-batch
                range(s * cfg.batch + rank * cfg.micro, (s + 1) * cfg.batch, cfg.micro * world)]
-    loader = DataLoader(dataset, batch_sampler=numbers, num_workers=cfg.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(dataset, batch_sampler=numbers, num_workers=cfg.workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGINT)])   # stopping is ours to decide
     batches = iter(loader)
 
     def backward(batch, scale):

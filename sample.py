@@ -9,6 +9,7 @@ structures are held fixed in both.
 import argparse
 import json
 import math
+import os
 import shutil
 import time
 from functools import partial
@@ -20,9 +21,6 @@ from tqdm import tqdm
 from data import (CHANNELS, FOV, MASKS, SCALE, decode, encode, exits, picture, read_report, save_nifti, to_model, upsample)
 from diffusion import ddim_sample, times
 from unet3d import UNet3D, from_released
-
-HERE = Path(__file__).parent
-
 
 # --- weights on disk: our folders, a runs/ folder, or the authors' *_ckpt folders ---
 
@@ -205,7 +203,7 @@ def main(argv=None):
     for c in MASKS:
         p.add_argument(f"--{c}", metavar="NIFTI", help=f"{c} mask to keep, any size and orientation")
     p.add_argument("--ct", metavar="NIFTI", help="a CT to segment: its masks come out")
-    p.add_argument("--model", default=str(HERE / "checkpoints/demo"), help="folder of weights (default checkpoints/demo)")
+    p.add_argument("--model", default=os.path.relpath(Path(__file__).parent / "checkpoints/demo"), help="folder of weights (default checkpoints/demo)")
     p.add_argument("--text", help="text encoder: folder or hub name (default MODEL/text, else CXR-BERT)")
     p.add_argument("--out", default="out", help="samples appear in OUT/<name>/ (default out)")
     p.add_argument("--samples", type=int, default=1, help="how many of each report; seeds count up")

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from data import FOV, LOBES, encode, exits, grid_affine, load_channel, load_nifti, read_report, resample, write_atomic
 
-# A structure's file names, ours first, then TotalSegmentator's.
+# A structure's file names, ours first, then TotalSegmentator's or what may stand in.
 FILES = {"ct": ["ct"], "lobe": ["lobe"], "vessel": ["vessel", "lung_vessels"], "airway": ["airway", "lung_trachea_bronchia"], "heart": ["heart"],
-         "thorax": ["thorax"], "effusion": ["effusion", "pleural_effusion"], "lung": ["lung", "lobe"]}
+         "thorax": ["thorax", "lung", "lobe"], "effusion": ["effusion", "pleural_effusion"], "lung": ["lung", "lobe"]}
 TASKS = {"airway": "lung_vessels", "effusion": "pleural_pericard_effusion", "heart": "total"}    # TotalSegmentator's task for each
 
 
@@ -50,7 +50,8 @@ def case_folders(folder):
 
 def read(case, name, segment="none"):
     """One structure of a case.   -> array (X,Y,Z) in RAS+ order, affine"""
-    path = next((p for n in FILES[name] for end in (".nii.gz", ".nii") if (p := case / (n + end)).is_file()), None)
+    names = FILES[name][:1] if segment == "phantom" else FILES[name]      # thresholds know a phantom's thorax better than its lungs do
+    path = next((p for n in names for end in (".nii.gz", ".nii") if (p := case / (n + end)).is_file()), None)
     if path is None and segment == "totalseg" and name in TASKS:
         totalsegmentator(case, TASKS[name])
         return read(case, name)
@@ -191,6 +192,23 @@ def histogram(path, groups, label):
     plt.close(fig)
 
 
+def dots(path, rows):
+    """Every value of a table as a dot, a column for each folder and measure."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    groups = {}
+    for r in rows:
+        groups.setdefault(f"{r['measure']}\n{r['folder'][-24:]}", []).append(r["value"])
+    fig, ax = plt.subplots(figsize=(max(5, 0.8 * len(groups)), 4))
+    for i, values in enumerate(groups.values()):
+        ax.plot([i] * len(values), values, "o", alpha=0.5)
+        ax.plot([i - 0.2, i + 0.2], [np.mean(values)] * 2, "k-")
+    ax.set_xticks(range(len(groups)), list(groups), rotation=60, ha="right", fontsize=7)
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100, bbox_inches="tight"))
+    plt.close(fig)
+
+
 # --- FID and MMD (table 1) ---
 
 class Bottleneck(nn.Module):
@@ -324,7 +342,7 @@ def phantoms(args):
                    laa=laa950(case["ct"].transpose(2, 1, 0), case["lobe"].transpose(2, 1, 0), found["airway"]))
         for name, key in (("airway", "airway_mm3"), ("effusion", "effusion_ml"), ("laa", "laa950_percent"), ("ctr", "ctr")):
             truth[name].append((case["truth"][key], got[name]))
-            rows.append(dict(folder="phantom", case=seed, measure=name, value=got[name], unit=UNITS[name]))
+            rows.append(dict(folder="phantoms", case=seed, measure=name, value=got[name], unit=UNITS[name]))
     for name, pairs in truth.items():
         a, b = np.array(pairs).T
         print(f"{name:10} r = {np.corrcoef(a, b)[0, 1]:.4f}   mean |error| {np.abs(a - b).mean():.4g}, largest {np.abs(a - b).max():.4g} {UNITS[name]}")
@@ -423,6 +441,7 @@ def main(argv=None):
         if folders:
             q.add_argument("folders", nargs=folders, metavar="FOLDER")
         q.add_argument("--csv", default=f"{name}.csv", help="every single value, one a line")
+        q.add_argument("--figure", default=f"{name}.png", help="the values as a picture")
         q.set_defaults(run=run)
         return q
     q = command("fid", fid, 2, "FID and MMD of two folders")
@@ -431,7 +450,6 @@ def main(argv=None):
     q.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in UNITS:
         q = command(name, measures, "+", f"{name}, {UNITS[name]}")
-        q.add_argument("--figure", default=f"{name}.png", help="distributions of the folders")
         q.add_argument("--segment", default="none", choices=("none", "phantom", "totalseg"), help="how to make masks that are not there")
     command("dice", compare, "+", "Dice of masks, reference first")
     q = command("prompts", prompts, help="samples of prompt pairs, measured")
@@ -452,7 +470,9 @@ def main(argv=None):
         writer = csv.DictWriter(text, ["folder", "case", "measure", "value", "unit"], lineterminator="\n")
         writer.writeheader(), writer.writerows(rows)
         write_atomic(args.csv, text.getvalue().encode())
-        print(f"wrote {len(rows)} values to {args.csv}" + (f", {args.figure}" if hasattr(args, "figure") else ""))
+        if args.command not in UNITS:                                    # those draw distributions
+            dots(args.figure, rows)
+        print(f"wrote {len(rows)} values to {args.csv}, {args.figure}")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_dice_command_resamples_and_is_one_with_itself(folders, tmp_path, monkey
             nibabel.save(image.as_reoriented(np.array([[1, -1], [0, 1], [2, -1]])), tmp_path / "other" / case.name / f"{name}.nii.gz")
     evaluate.main(["dice", str(folders / "well"), str(folders / "well"), str(tmp_path / "other")])
     rows = list(csv.DictReader(open("dice.csv")))
-    assert len(rows) == 2 * 3 * 8 and all(float(r["value"]) == 1 for r in rows)
+    assert (tmp_path / "dice.png").exists() and len(rows) == 2 * 3 * 8 and all(float(r["value"]) == 1 for r in rows)
     assert "dice RML" in capsys.readouterr().out
 
 

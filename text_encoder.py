@@ -5,7 +5,6 @@ Paper sec. 4.1; fine-tuning from sec. 4.6: two tasks at once, masked words and p
     python text_encoder.py embed data/train --model checkpoints/text       # report.txt -> text.npy: training never runs BERT
 """
 import argparse
-import io
 import json
 import os
 import re
@@ -355,9 +354,7 @@ def embed(a):
     for i in tqdm(range(0, len(folders), a.batch), desc="embed", unit="batch", mininterval=2):
         hidden = encoder.hidden(*[x[i:i + a.batch] for x in packed]).half().cpu().numpy()                          # (b,N,width)
         for folder, f_text in zip(folders[i:], hidden):
-            file = io.BytesIO()
-            np.save(file, f_text)
-            write_atomic(folder / "text.npy", file.getvalue())
+            write_atomic(folder / "text.npy", lambda f: np.save(f, f_text))
     print(f"wrote text.npy, ({a.tokens},{encoder.width}) float16, in {len(folders)} cases of {a.data}")
 
 

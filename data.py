@@ -174,7 +174,7 @@ def write_atomic(path, data):
         part.unlink(missing_ok=True)
 
 
-def load_channel(name, path, shape_affine=None):
+def load_channel(name, path):
     """A CT (HU) or mask NIfTI, checked for its kind.   -> array (X,Y,Z), affine"""
     array, affine = load_nifti(path)
     if name == "ct":

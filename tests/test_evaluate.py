@@ -133,6 +133,22 @@ def test_measurers_follow_the_truth_of_fresh_phantoms(tmp_path, monkeypatch, cap
     assert r.keys() == evaluate.UNITS.keys() and r["effusion"] > 0.98 and r["ctr"] > 0.98 and r["laa"] > 0.98
 
 
+def test_an_external_segmenter_is_called_by_its_public_command(folders, tmp_path, monkeypatch):
+    """A stand-in on the PATH that writes what TotalSegmentator's task would, and notes how it was called."""
+    case = tmp_path / "set/case0"
+    case.mkdir(parents=True)
+    (case / "ct.nii.gz").write_bytes((folders / "ill/case0/ct.nii.gz").read_bytes())
+    stand_in = tmp_path / "TotalSegmentator"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\ncp {folders}/ill/case0/effusion.nii.gz "$4/pleural_effusion.nii.gz"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(["effusion", "set", "--segment", "totalseg"])
+    assert (tmp_path / "called").read_text().split() == ["-i", "set/case0/ct.nii.gz", "-o", "set/case0", "-ta", "pleural_pericard_effusion"]
+    truth = eval((folders / "ill/case0/truth.txt").read_text())["effusion_ml"]
+    assert float(list(csv.DictReader(open("effusion.csv")))[0]["value"]) == pytest.approx(truth, rel=1e-4)
+
+
 def test_dice_command_resamples_and_is_one_with_itself(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for case in (folders / "well").iterdir():

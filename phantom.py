@@ -3,56 +3,73 @@ The anatomy is our own schematic, not from the paper: shapes are formulas in mm,
     python phantom.py --out data/train --n 512
 """
 import argparse
+import json
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import CHANNELS, FOV, SCALE, encode, exits, picture, write_case
+from data import CHANNELS, FOV, SCALE, encode, exits, picture, write_atomic, write_case
 
 # Frame: z inferior -> superior, y posterior -> anterior, x right -> left, in mm from the centre of the field of view; points are (z, y, x).
 LOBES = {"LUL": 1, "LLL": 2, "RUL": 3, "RML": 4, "RLL": 5}
 LOBE_WORDS = {"LUL": "left upper lobe", "LLL": "left lower lobe", "RUL": "right upper lobe", "RML": "right middle lobe", "RLL": "right lower lobe"}
 FLUID_ML = {"small": (70, 160), "moderate": (350, 550), "large": (950, 1450)}   # total over both sides, before the cap per side
+CTR = {False: (0.40, 0.49), True: (0.56, 0.70)}  # widest heart over widest thorax: of a normal heart, of cardiomegaly
 FLUID_SHARE = 0.7                               # no effusion fills more of one pleural cavity than this: some lung is left to see
 HU = dict(air=-1000, fat=-100, skin=20, muscle=55, marrow=320, cortex=520, disc=90, cartilage=110, liver=100, blood=190, fluid=5,
           lung=-860, wall=-20, lumen=-995, bulla=-992, nodule=40, fissure=-640)
 NOISE_HU = 9.0                                  # so low that a normal lung stays above -950 HU
 
-# Report sentences: wording -> topic -> templates. A topic starting with "!" is the Impression's line. The two wordings share no template.
+# Report sentences: wording -> topic -> templates, [this|that] a choice. A topic starting with "!" is the Impression's line. The two wordings share
+# no sentence, but a word of the held-out one is in some sentence of the other: a text model cannot know a word that it never read.
 SENTENCES = {
     "train": {
-        "effusion": ["There is a {size} {side} pleural effusion.", "A {size} pleural effusion is present on the {side}.",
-                     "{Size} {side} pleural effusion layering posteriorly.", "{Size} amount of pleural fluid on the {side}."],
-        "effusion both": ["There are {size} bilateral pleural effusions.", "Bilateral pleural effusions are present, {size} in total.",
-                          "{Size} pleural effusions on both sides, layering posteriorly."],
-        "no effusion": ["No pleural effusion is seen.", "There is no evidence of pleural effusion on either side.",
-                        "Both costophrenic angles are free of fluid.", "No pleural effusion."],
-        "cardiomegaly": ["The heart is enlarged.", "There is cardiomegaly with a cardiothoracic ratio of {ctr:.2f}.",
-                         "Cardiomegaly is present.", "The cardiac silhouette is markedly enlarged."],
-        "no cardiomegaly": ["The heart is normal in size.", "Heart size is within normal limits.", "No cardiomegaly.",
-                            "The cardiothoracic ratio is normal at {ctr:.2f}."],
-        "bullae": ["Multiple thin-walled bullae are seen, mainly in the upper lobes.", "There are bullous changes in both upper lobes.",
-                   "Several subpleural bullae are present in the upper lobes."],
-        "no bullae": ["No bullae are seen.", "There is no emphysema or bullous change.", "No evidence of bullae in either lung."],
-        "consolidation": ["There is consolidation in the {lobe} with air bronchograms.", "Patchy consolidation of the {lobe}.",
-                          "The {lobe} shows airspace consolidation."],
-        "no consolidation": ["No consolidation is seen.", "The lungs are clear of consolidation.", "There is no focal airspace opacity."],
-        "nodule": ["There is a {mm} mm nodule in the {lobe}.", "A solid nodule of {mm} mm is present in the {lobe}.",
-                   "Single pulmonary nodule in the {lobe}, {mm} mm."],
-        "nodules": ["There are {count} pulmonary nodules, the largest {mm} mm in the {lobe}.",
-                    "{Count} solid nodules are present, up to {mm} mm, the largest in the {lobe}."],
-        "no nodules": ["No pulmonary nodules.", "No suspicious pulmonary nodule is seen.", "There is no nodule or mass in the lungs."],
-        "normal": ["The trachea and main bronchi are patent.", "The aorta is of normal calibre.", "No enlarged mediastinal lymph nodes.",
+        "effusion": ["[There is|Note is made of|One sees] a {size} {side} [pleural effusion|pleural fluid collection|effusion].",
+                     "A {size} [pleural effusion|effusion|fluid collection] is [present|noted|seen] [on the {side}|in the {side} pleural space|in the {side} hemithorax].",
+                     "{Size} {side} [pleural effusion|effusion] [layering posteriorly|in dependent position].",
+                     "{Size} [amount|volume] of [pleural|dependent] fluid [on the {side}|in the {side} pleural cavity].",
+                     "The {side} [pleural space|pleural cavity] holds [a {size} effusion|fluid, {size} in amount]."],
+        "effusion both": ["[There are|Note is made of] {size} [bilateral pleural effusions|effusions in both pleural spaces|fluid collections on both sides].",
+                          "[Bilateral pleural effusions|Effusions of both pleural cavities] are [present|noted], {size} [in total|overall].",
+                          "{Size} [pleural effusions|amounts of pleural fluid] on both sides[|, layering posteriorly].",
+                          "Both [hemithoraces contain|the right and the left hemithorax hold] {size} effusions."],
+        "no effusion": ["No pleural [effusion|fluid] [is seen|is present|on either side].", "There is no [evidence of pleural effusion|pleural fluid|fluid] on either side.",
+                        "Both [costophrenic angles|pleural spaces|pleural cavities] are [free of fluid|dry].", "No [pleural|] effusion.",
+                        "Neither [hemithorax|pleural space|pleural cavity] [contains|holds] [fluid|an effusion]."],
+        "cardiomegaly": ["The [heart|cardiac silhouette] is [|markedly |clearly ]enlarged.", "There is [cardiomegaly|cardiac enlargement] with a cardiothoracic ratio of {ctr:.2f}.",
+                         "[Cardiomegaly|Enlargement of the heart|Increased heart size] is [present|noted].",
+                         "[Cardiac|Heart] size is increased[|, {ctr:.0%} of the thoracic width]."],
+        "no cardiomegaly": ["The heart is [normal in size|of normal size].", "[Heart|Cardiac] size is [within normal limits|normal|not increased|unremarkable].",
+                            "No [cardiomegaly|cardiac enlargement|enlargement of the heart].", "The cardiothoracic ratio is normal at {ctr:.2f}.",
+                            "Cardiac [silhouette|dimensions] [within normal limits|not enlarged]."],
+        "bullae": ["[Multiple|Several|Large] thin-walled [bullae|air-filled spaces] are [seen|noted], [mainly|predominantly] in the upper [lobes|lungs].",
+                   "There are [bullous changes|bullae with thin walls|large bullae] in both [upper lobes|apices].", "[Several|Large] subpleural bullae are present in the upper [lobes|lungs].",
+                   "[Bullous emphysema|Bullous disease] of [both upper lobes|the upper lobes|apical predominance]."],
+        "no bullae": ["No [bullae|air-filled spaces|bullous changes] are [seen|identified].", "There [is no|are no signs of] [emphysema or bullous change|bullous emphysema|bullous disease].",
+                      "No evidence of [bullae|cystic air spaces|bullous disease] in either lung.", "The lungs are free of [bullae|cystic air spaces|emphysema]."],
+        "consolidation": ["There is [consolidation|dense opacification|an airspace opacity] in the {lobe} with [air bronchograms|open bronchi].",
+                          "[Patchy|Dense] [consolidation|airspace opacification] of the {lobe}.", "The {lobe} shows [airspace consolidation|dense consolidation|a pneumonic infiltrate].",
+                          "Much of the {lobe} is [consolidated|opacified|occupied by consolidation]."],
+        "no consolidation": ["No [consolidation|infiltrate|airspace opacity] is [seen|identified].", "The lungs are [clear of consolidation|well aerated|free of infiltrates].",
+                             "There is no [focal airspace opacity|pneumonic infiltrate|pneumonic consolidation]."],
+        "nodule": ["There is a [|solitary |round ]{mm} mm [nodule|lesion] in the {lobe}.", "A [solid|round] [nodule|lesion] of {mm} mm is [present|noted] in the {lobe}.",
+                   "[Single|Solitary] pulmonary [nodule|lesion] in the {lobe}, [|measuring ]{mm} mm."],
+        "nodules": ["There are {count} [pulmonary|scattered] [nodules|lesions], the [largest|biggest] {mm} mm in the {lobe}.",
+                    "{Count} [solid|round] [nodules|lesions] are [present|seen in the lungs], up to {mm} mm, the largest in the {lobe}."],
+        "no nodules": ["No [pulmonary nodules|nodular lesions].", "No [suspicious pulmonary nodule|round lesion] is [seen|identified].",
+                       "There is no [nodule or mass|round lesion|nodule] in the lungs.", "The lungs show no [nodule|mass]."],
+        "normal": ["The trachea and [main bronchi|central airways] are [patent|open].", "The [|thoracic ]aorta is of normal calibre.", "No [enlarged mediastinal lymph nodes|lymph node enlargement].",
                    "No acute bony abnormality.", "The pulmonary arteries are well opacified.", "The upper abdomen is unremarkable."],
-        "!effusion": ["{Size} {side} pleural effusion."], "!effusion both": ["{Size} bilateral pleural effusions."],
-        "!cardiomegaly": ["Cardiomegaly.", "Enlarged heart."], "!bullae": ["Bullous emphysema.", "Upper lobe bullae."],
-        "!consolidation": ["Consolidation of the {lobe}.", "{Lobe} pneumonia."],
-        "!nodule": ["Pulmonary nodule in the {lobe}."], "!nodules": ["{Count} pulmonary nodules."],
-        "!normal": ["Normal chest CT.", "No acute cardiopulmonary abnormality.", "Unremarkable examination of the chest."]},
+        "!effusion": ["{Size} {side} [pleural|] effusion.", "[Effusion|Fluid] on the {side}, {size}."], "!effusion both": ["{Size} bilateral [pleural|] effusions.", "Fluid on both sides, {size}."],
+        "!cardiomegaly": ["Cardiomegaly.", "[Enlarged heart|Cardiac enlargement]."], "!bullae": ["Bullous [emphysema|lungs].", "Upper lobe bullae."],
+        "!consolidation": ["[Consolidation|Airspace disease] of the {lobe}.", "{Lobe} pneumonia."],
+        "!nodule": ["[Pulmonary|Solitary] nodule in the {lobe}."], "!nodules": ["{Count} [pulmonary|lung] nodules."],
+        "!normal": ["Normal [chest CT|chest].", "No [acute |]cardiopulmonary abnormality.", "Unremarkable examination of the chest."]},
     "held-out": {
         "effusion": ["{Size} fluid collection within the {side} pleural space.", "The {side} hemithorax contains a {size} effusion.",
                      "Dependent fluid, {size} in volume, is noted in the {side} pleural cavity."],
@@ -72,7 +89,8 @@ SENTENCES = {
         "!cardiomegaly": ["Increased heart size."], "!bullae": ["Bullous lung disease."],
         "!consolidation": ["Airspace disease, {lobe}."], "!nodule": ["Solitary nodule, {lobe}."], "!nodules": ["Several lung nodules ({count})."],
         "!normal": ["No abnormality identified.", "Chest within normal limits."]}}
-SIZES = {"train": {s: s for s in FLUID_ML}, "held-out": {"small": "minor", "moderate": "medium-sized", "large": "extensive"}}
+SIZES = {"train": {"small": ["small", "minor", "minimal"], "moderate": ["moderate", "medium-sized"], "large": ["large", "extensive", "massive"]},
+         "held-out": {"small": ["minor"], "moderate": ["medium-sized"], "large": ["extensive"]}}
 
 
 def draw_conditions(rng, **given):
@@ -105,7 +123,7 @@ def draw_anatomy(rng, cardiomegaly):
              oblique=(u(-20, -8), u(-24, -10)), slope=u(1.0, 1.25), horizontal=u(2, 12), wobble=u(0, 6.28, 4), ribs=u(0, 24), disc=u(0, 24),
              rib_slant=u(0.4, 0.55), carina=np.array([u(27, 35), -20.0, u(-3, 1)]), trachea=u(7.4, 9.0), blood=HU["blood"] + u(-10, 15))
     # The heart: an ellipsoid whose long axis points left, forward and down, scaled so that its widest axial width gives the wanted ratio.
-    ratio = u(0.56, 0.70) if cardiomegaly else u(0.40, 0.49)
+    ratio = u(*CTR[cardiomegaly])
     axes, _ = np.linalg.qr(np.array([[-0.45, 0.42, 0.8], [0.9, 0.1, 0.4], [0.0, 1.0, -0.5]]).T + u(-0.05, 0.05, (3, 3)))
     q = axes @ np.diag(1 / np.array([1.0, *(u(0.74, 0.82, 2) - 0.12 * cardiomegaly)]) ** 2) @ axes.T
     half = ratio * a["width"]
@@ -454,10 +472,16 @@ def segment(ct, lobe, voxel):
     return {"airway": airway, "effusion": effusion, "heart": heart, "thorax": lung | effusion | heart}
 
 
+def choose(rng, template):
+    """One of the sentences that a template's [this|that] stand for."""
+    return re.sub(r"\[(.*?)\]", lambda m: str(rng.choice(m[1].split("|"))), template)
+
+
 def write_report(rng, truth, wording, nodule_lobe=None):
-    """"Findings: ...\\nImpression: ..." for the truth of a case, under 150 words; sentences and their order vary with rng."""
+    """"Findings: ...\nImpression: ..." for the truth of a case, under 150 words; sentences and their order vary with rng.
+    As in a clinic, what is there is always said and what is not there only mostly (85 % each)."""
     count, said = len(truth["nodule_mm"]), SENTENCES[wording]
-    size, number = SIZES[wording].get(truth["effusion_size"], ""), ("no", "one", "two", "three", "four")[count]
+    number = ("no", "one", "two", "three", "four")[count]
     lobe = {"consolidation": LOBE_WORDS.get(truth["consolidation"], ""), "nodule": LOBE_WORDS.get(nodule_lobe, "")}
     topics = [{"none": "no effusion", "both": "effusion both"}.get(truth["effusion"], "effusion"),
               "cardiomegaly" if truth["cardiomegaly"] else "no cardiomegaly", "bullae" if truth["bullae"] else "no bullae",
@@ -465,13 +489,24 @@ def write_report(rng, truth, wording, nodule_lobe=None):
 
     def say(topic):
         where = lobe["consolidation" if "consolidation" in topic else "nodule"]
-        return str(rng.choice(said[topic])).format(size=size, Size=size.capitalize(), side=truth["effusion"], ctr=truth["ctr"], lobe=where,
-                                                   Lobe=where.capitalize(), count=number, Count=number.capitalize(), mm=round(max(truth["nodule_mm"], default=0)))
-    findings = [say(t) for t in topics] + [str(s) for s in rng.permutation(said["normal"])[:rng.integers(0, 4)]]
+        size = str(rng.choice(SIZES[wording].get(truth["effusion_size"], [""])))
+        line = choose(rng, str(rng.choice(said[topic]))).format(size=size, Size=size.capitalize(), side=truth["effusion"], ctr=truth["ctr"], lobe=where,
+                               Lobe=where.capitalize(), count=number, Count=number.capitalize(), mm=round(max(truth["nodule_mm"], default=0)))
+        return " ".join(line.split())                                      # an empty choice leaves two spaces
+    findings = [say(t) for t in topics if not t.startswith("no ") or rng.random() < 0.85] or [say(topics[0])]
+    findings += [" ".join(choose(rng, str(s)).split()) for s in rng.permutation(said["normal"])[:rng.integers(0, 4)]]
     impression = [say("!" + t) for t in topics if not t.startswith("no ")] or [say("!normal")]
     if len(impression) > 1:
         impression = [f"{i}. {line}" for i, line in enumerate(impression, 1)]
     return f"Findings: {' '.join(rng.permutation(findings))}\nImpression: {' '.join(impression)}"
+
+
+def report_alone(seed, wording="train"):
+    """A report without its chest, for the text encoder to learn from: findings by the same rules, sizes invented.   -> str"""
+    rng = np.random.default_rng([seed, 7])                                 # not the stream of the chest with this seed
+    found = draw_conditions(rng)
+    truth = {**found, "ctr": rng.uniform(*CTR[found["cardiomegaly"]]), "nodule_mm": rng.uniform(8, 24, found["nodules"]).tolist()}
+    return write_report(rng, truth, wording, str(rng.choice(list(LOBES))))
 
 
 def write_one(job):
@@ -489,6 +524,7 @@ def main(argv=None):
     p.add_argument("--grid", type=int, default=256 if torch.cuda.is_available() else 128, help="voxels a side: 256, the paper's, where there is a GPU; else 128")
     p.add_argument("--wording", default="train", help="report sentences: train, or held-out to test generalisation")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    p.add_argument("--reports", type=Path, help="write N reports without chests to this .jsonl instead, for text_encoder.py")
     p.add_argument("--picture", type=Path, help="also save a PNG of the first cases here")
     args = p.parse_args(argv)
     with exits():
@@ -499,6 +535,12 @@ def main(argv=None):
             raise ValueError(f"--grid {args.grid}; a multiple of {SCALE} is needed, for the low-resolution grid; use 128 or 256")
         if args.wording not in SENTENCES:
             raise ValueError(f"--wording {args.wording}; wordings are {', '.join(SENTENCES)}; choose one of them")
+        if args.reports:
+            lines = [json.dumps({"subject": f"alone_{args.seed + i}", "text": report_alone(args.seed + i, args.wording)}) for i in range(args.n)]
+            args.reports.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(args.reports, ("\n".join(lines) + "\n").encode())
+            print(f"wrote {args.n} reports without chests to {args.reports}")
+            return
         jobs = [(args.out / f"phantom_{i:06d}", args.seed + i, args.grid, args.wording) for i in range(args.n)]
         todo = [job for job in jobs if not job[0].exists()]
         args.out.mkdir(parents=True, exist_ok=True)

@@ -96,13 +96,25 @@ def reports(args):
     return [(f.stem, read_report(f)) for f in files] or [("ct" if args.ct else "sample", None)]
 
 
+def place(net, device, args):
+    """A network ready to sample: weights in bfloat16 once rather than at every step (what autocast would do), Blocks compiled."""
+    net.to(device).eval()
+    net.slab = args.slab
+    if args.amp:
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.data = p.data.bfloat16()
+    if args.compile and not args.slab:
+        net.compile_blocks()
+
+
 def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=()):
     """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume   text: (1,N,width) or None
     known: (1,4,G,G,G) clean channels on the full grid, of which `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
 
     All noise comes from one CPU generator of the seed, so it does not depend on the device.
     """
-    device = next(low_net.parameters()).device
+    device, options = torch.device(args.device), dict(order=2 if args.solver == "dpm" else 1, fixed=fixed)
     generator = torch.Generator().manual_seed(seed)
 
     def noise(n):
@@ -113,9 +125,12 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
 
     known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        x = ddim_sample(low_net, noise(grid), times(args.low_steps), text, args.guidance, known_low, fixed, progress=bar("low resolution"))
+        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, interval=args.guidance_interval,
+                        progress=bar("low resolution"), **options)
+        if args.slab:
+            low_net.cpu()                                                # its weights would take the memory that is to be saved
         if sr_net is not None:
-            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps), None, 1.0, known, fixed, upsample(x), progress=bar("super-resolution"))
+            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps), known=known, low=upsample(x), progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
     return x[0].float().cpu()
@@ -157,10 +172,10 @@ def sample(args):
     sr_net, sr_about = (None, None) if args.stop_at_low else stages.get("sr", (None, None))
     if sr_net is None and not args.stop_at_low:
         raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    low_net.to(device).eval()
-    if sr_net:
-        sr_net.to(device).eval()
+    args.device = device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.compile = device.startswith("cuda") if args.compile is None else args.compile
+    for net in filter(None, (low_net, sr_net)):
+        place(net, device, args)
     grid = low_about["grid"]
     print(f"model {args.model} on {device}: {grid}^3" + (f" -> {sr_about['grid']}^3" if sr_net else ""))
 
@@ -209,12 +224,16 @@ def main(argv=None):
     p.add_argument("--samples", type=int, default=1, help="how many of each report; seeds count up")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=2.0, help="1 none (the paper), 2 (default), 3 (released anatomy experiments)")
+    p.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t in [0,1] at which it is applied; else one evaluation a step instead of two")
+    p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), as good in fewer steps")
     p.add_argument("--low-steps", type=int, default=50, help="network evaluations of stage 1 (default 50)")
     p.add_argument("--sr-steps", type=int, default=20, help="network evaluations of stage 2 (default 20)")
     p.add_argument("--stop-at-low", action="store_true", help="write the low-resolution volume")
     p.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the networks' Blocks; default on a GPU")
+    p.add_argument("--slab", type=int, nargs="?", const=16, default=0, metavar="SLICES", help="work through volumes this many slices at a time (16): less memory, same result")
     p.add_argument("--overwrite", action="store_true", help="replace samples of the same name")
     args = p.parse_args(argv)
     with exits():
@@ -223,6 +242,10 @@ def main(argv=None):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}; at least 1 is needed; change it")
         if not math.isfinite(args.guidance) or args.guidance < 0:
             raise ValueError(f"--guidance {args.guidance}; a finite number, not negative, is needed; 2 is usual")
+        if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
+            raise ValueError(f"--guidance-interval {' '.join(map(str, args.guidance_interval))}; two times, 0 <= FROM <= TO <= 1, are needed; change them")
+        if args.slab < 0:
+            raise ValueError(f"--slab {args.slab}; a number of slices is needed; 16 is usual")
         if not 0 <= args.seed < 2**62:
             raise ValueError(f"--seed {args.seed}; 0 to 2^62 is needed; choose another")
         sample(args)

@@ -9,11 +9,12 @@ and a 1x1x1 convolution is a matrix product, both without copying.
 """
 import math
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 GROUPS = 8      # of every GroupNorm
 HEAD_DIM = 32   # of every attention head
@@ -45,28 +46,62 @@ class Pointwise(nn.Linear):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def moments(x):
+    """Mean and mean square of every channel.   (B,C,D,H,W) -> (2,B,C) float32; over slabs of equal size they simply average"""
+    x = x.movedim(1, -1).flatten(1, 3).float()
+    return torch.stack([x.mean(1), x.square().mean(1)])
+
+
+def fold(norm, moments, scale_shift=None):
+    """A GroupNorm with these moments, then (1 + scale) and shift, as ONE gain and offset per sample and channel.   -> (B,C) each, float32"""
+    mean, square = moments.unflatten(2, (GROUPS, -1)).mean(3)                # (B,groups) each
+    spread = (square - mean.square() + norm.eps).rsqrt()
+    mean, spread = (v.repeat_interleave(len(norm.weight) // GROUPS, 1) for v in (mean, spread))
+    gain = norm.weight * spread
+    offset = norm.bias - mean * gain
+    if scale_shift is not None:
+        scale, shift = scale_shift.float().chunk(2, dim=1)
+        gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+    return gain, offset
+
+
+def affine_silu(x, gain, offset):
+    """SiLU(x * gain + offset), in float32 between, in the dtype of x.   x: (B,C,D,H,W)   gain, offset: (B,C)"""
+    gain, offset = (v[..., None, None, None] for v in (gain, offset))
+    return F.silu(x.float() * gain + offset).to(x.dtype)
+
+
 def norm_scale_silu(x, norm, scale_shift=None):
     """SiLU(GroupNorm(x) * (1 + scale) + shift).   x: (B,C,D,H,W)   scale_shift: (B,2C) from the time, or None
 
     In the dtype of x with statistics in float32: autocast would lift the whole tensor to float32 for nothing.
-    Per sample and channel, norm, scale and shift are ONE affine map, so the affine part of the norm absorbs them at batch 1.
+    On CUDA the native norm runs one thread block per group, 8 on a chip that holds hundreds; means over all voxels, compiled, use it all.
+    On a CPU the native norm is the faster one; at batch 1 its affine part absorbs scale and shift.
     """
-    dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        if x.requires_grad and not x.is_cuda:
-            x = x.float()                                                # bf16 backward of the norm is 5x slower on a CPU
-        weight, bias = norm.weight, norm.bias
-        if scale_shift is not None:
-            scale, shift = scale_shift.float().chunk(2, dim=1)          # (B,C) each
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        if weight.dim() == 1:
-            x = F.group_norm(x, GROUPS, weight.to(x.dtype), bias.to(x.dtype), norm.eps)
-        elif len(x) == 1:
-            x = F.group_norm(x, GROUPS, weight[0].to(x.dtype), bias[0].to(x.dtype), norm.eps)
-        else:
-            x = F.group_norm(x, GROUPS, eps=norm.eps)
-            x = torch.addcmul(bias.to(x.dtype)[..., None, None, None], x, weight.to(x.dtype)[..., None, None, None])
-        return F.silu(x).to(dtype)
+        return split_norm(x, norm, scale_shift) if x.is_cuda else native_norm(x, norm, scale_shift)
+
+
+def split_norm(x, norm, scale_shift):
+    return affine_silu(x, *fold(norm, moments(x), scale_shift))
+
+
+def native_norm(x, norm, scale_shift):
+    dtype = x.dtype
+    if x.requires_grad:
+        x = x.float()                                                    # bf16 backward of the norm is 5x slower on a CPU
+    weight, bias = norm.weight, norm.bias
+    if scale_shift is not None:
+        scale, shift = scale_shift.float().chunk(2, dim=1)              # (B,C) each
+        weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if weight.dim() == 1:
+        x = F.group_norm(x, GROUPS, weight, bias, norm.eps)
+    elif len(x) == 1:
+        x = F.group_norm(x, GROUPS, weight[0], bias[0], norm.eps)
+    else:
+        x = torch.addcmul(bias[..., None, None, None], F.group_norm(x, GROUPS, eps=norm.eps), weight[..., None, None, None])
+    return F.silu(x).to(dtype)
 
 
 class Block(nn.Module):
@@ -89,6 +124,38 @@ class Block(nn.Module):
         h = norm_scale_silu(self.conv2(h), self.norm2)
         return h + self.skip(x)
 
+    def in_slabs(self, parts, temb, size):
+        """forward(cat(parts), temb) for inference, holding one tensor of the output's size beside the parts: everything else is
+        made `size` slices at a time. The norms' statistics are those of the whole volume, so this is no approximation."""
+        scale_shift = self.time(F.silu(temb)) if self.time else None
+        h, found = conv_in_slabs(self.conv1, parts, size)
+        gain, offset = fold(self.norm1, found, scale_shift)
+        for d in range(0, h.shape[2], size):
+            h[:, :, d:d + size] = affine_silu(h[:, :, d:d + size], gain, offset)
+        h, found = conv_in_slabs(self.conv2, [h], size, out=h)
+        gain, offset = fold(self.norm2, found)
+        for d in range(0, h.shape[2], size):
+            h[:, :, d:d + size] = affine_silu(h[:, :, d:d + size], gain, offset) + self.skip(torch.cat([p[:, :, d:d + size] for p in parts], 1))
+        return h
+
+
+def conv_in_slabs(conv, parts, size, out=None):
+    """conv(cat(parts)) and its moments, `size` slices of D at a time.   out: parts[0], to be overwritten   -> (B,C',D,H,W), (2,B,C')"""
+    D, halo, total = parts[0].shape[2], conv.padding[0] if isinstance(conv, nn.Conv3d) else 0, 0
+    before = parts[0][:, :, :0]                                          # input slices that `out` has overwritten, but the next slab still sees
+    for a in range(0, D, size):
+        b = min(a + size, D)
+        x = torch.cat([p[:, :, a:b + halo] for p in parts], 1)
+        x = torch.cat([before, x], 2) if a else x
+        seen = min(halo, a)                                              # slices of x before a
+        before = x[:, :, max(seen + b - a - halo, 0):seen + b - a].clone()
+        y = conv(x)[:, :, seen:seen + b - a]
+        if out is None:
+            out = torch.empty(y.shape[0], y.shape[1], D, *y.shape[3:], dtype=y.dtype, device=y.device, memory_format=torch.channels_last_3d)
+        out[:, :, a:b] = y
+        total = total + moments(y) * ((b - a) / D)
+    return out, total
+
 
 class ChannelNorm(nn.Module):
     """LayerNorm over the last axis with a gain and no bias.   (...,C) -> (...,C)"""
@@ -99,6 +166,14 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x):
         return F.layer_norm(x, self.gain.shape, self.gain, eps=1e-5)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(32)) v, without ever holding the product.   q: (B,heads,L,32)   k, v: (B,heads,N,32)"""
+    if not q.requires_grad or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):                   # its bf16 backward is 4x slower on a CPU
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -114,11 +189,11 @@ class Attention(nn.Module):
     def forward(self, x, context=None):
         q, (k, v) = self.q(x), self.kv(x if context is None else context).chunk(2, dim=-1)
         q, k, v = (z.unflatten(-1, (self.heads, HEAD_DIM)).transpose(1, 2) for z in (q, k, v))   # (B,heads,L,32)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Round(nn.Module):
-    """One round of the bottom: [self-attention -> cross-attention to the text ->] volume Block; the attentions are residual.
+    """One round of the bottom: self-attention [-> cross-attention to the text], both residual; then the volume Block, which UNet3D runs.
 
     The self-attention's projections are passed in: all rounds share one set, each has its own norm.
     """
@@ -130,7 +205,7 @@ class Round(nn.Module):
             self.cross_norm, self.cross = ChannelNorm(dim), Attention(dim, heads, context_dim)
         self.volume = Block(dim, dim, time_dim, volume=True)
 
-    def forward(self, x, temb, context, attend, plane):
+    def forward(self, x, context, attend, plane):
         x = x.movedim(1, -1)                                             # (B,D,H,W,C), a view
         B, D, H, W, C = x.shape
         if plane:                                                        # the voxels of one slice see each other
@@ -142,7 +217,7 @@ class Round(nn.Module):
         if context is not None:
             tokens = x.reshape(B, D * H * W, C)
             x = (tokens + self.cross(self.cross_norm(tokens), context)).reshape(x.shape)
-        return self.volume(x.movedim(-1, 1), temb)
+        return x.movedim(-1, 1)
 
 
 class Down(nn.Module):
@@ -171,6 +246,22 @@ def sinusoidal(t, dim):
     return torch.cat([(t[:, None] * freq).sin(), (t[:, None] * freq).cos()], dim=1)
 
 
+def to_depth(x, p):
+    """Space to depth: each cube of p^3 voxels becomes one voxel of p^3 times the channels.   (B,C,D,H,W) -> (B,C p^3,D/p,H/p,W/p)"""
+    B, C, D, H, W = x.shape
+    return x.reshape(B, C, D // p, p, H // p, p, W // p, p).permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, C * p**3, D // p, H // p, W // p)
+
+
+def to_space(x, p):
+    """The inverse of to_depth.   (B,C p^3,D,H,W) -> (B,C,pD,pH,pW)"""
+    B, C, D, H, W = x.shape
+    return x.reshape(B, C // p**3, p, p, p, D, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, C // p**3, p * D, p * H, p * W)
+
+
+# What checkpointing "norms" keeps of a Block: the results of convolutions and matrix products. The rest is cheap to do again.
+DEAR = [torch.ops.aten.convolution.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
 class UNet3D(nn.Module):
     """The x_0 predictor of both stages (sec. 4.5).
 
@@ -178,20 +269,24 @@ class UNet3D(nn.Module):
     in_channels: 4 for G; 8 for H, whose input is [low, xt].   heads: of 32 channels each.   rounds: at the bottom, 4 in G, 1 in H.
     context_dim, tokens: of the text (B,tokens,context_dim); context_dim 0 is a network without text.
     bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper's words for H).
-    checkpointing: recompute every Block in the backward pass, for a sixth of the memory.
+    patch: 2 folds cubes of 2^3 voxels into channels first and unfolds them last: a fifth of the arithmetic. Not in the paper.
+    checkpointing: "none"; "norms" recomputes norms and activations in the backward pass; "blocks" recomputes whole Blocks.
+    net.slab = n: inference holds few whole tensors of the full resolution and makes the rest n slices at a time, to the same result.
     """
 
     def __init__(self, dim, in_channels=4, out_channels=4, heads=8, rounds=4, context_dim=768, tokens=192, levels=4,
-                 bottom="plane", checkpointing=False):
+                 bottom="plane", patch=1, checkpointing="none"):
         super().__init__()
         if dim % GROUPS or bottom not in ("plane", "depth"):
             raise ValueError(f"dim {dim}, bottom {bottom!r}; dim is a multiple of {GROUPS}, bottom plane or depth; change them")
+        if checkpointing not in ("none", "norms", "blocks"):
+            raise ValueError(f"checkpointing {checkpointing!r}; none, norms or blocks; choose one")
         self.args = dict(dim=dim, in_channels=in_channels, out_channels=out_channels, heads=heads, rounds=rounds,
-                         context_dim=context_dim, tokens=tokens, levels=levels, bottom=bottom)
-        self.dim, self.plane, self.checkpointing = dim, bottom == "plane", checkpointing
+                         context_dim=context_dim, tokens=tokens, levels=levels, bottom=bottom, patch=patch)
+        self.dim, self.plane, self.patch, self.checkpointing, self.slab, self.compiled = dim, bottom == "plane", patch, checkpointing, 0, False
         w, T = [dim] + [dim * 2**i for i in range(levels)], 4 * dim
         self.null_text = nn.Parameter(torch.randn(1, tokens, context_dim)) if context_dim else None
-        self.stem = nn.Conv3d(in_channels, dim, 7, padding=3)
+        self.stem = nn.Conv3d(in_channels * patch**3, dim, 7, padding=3)
         self.time = nn.Sequential(nn.Linear(dim, T), nn.GELU(), nn.Linear(T, T))
         self.downs = nn.ModuleList(Down(w[i], w[i + 1], T, i == levels - 1) for i in range(levels))
         self.first = Block(w[-1], w[-1], T)
@@ -200,13 +295,32 @@ class UNet3D(nn.Module):
         self.last = Block(w[-1], w[-1], T)
         self.ups = nn.ModuleList(Up(2 * w[i + 1], w[i], T, i == 0) for i in reversed(range(levels)))
         self.head = Block(2 * dim, dim, 0)
-        self.out = Pointwise(dim, out_channels)
+        self.out = Pointwise(dim, out_channels * patch**3)
         for p in self.parameters():                                      # by rank: Module.to cannot do both
             if p.dim() in (4, 5):
                 p.data = p.data.contiguous(memory_format=(torch.channels_last, torch.channels_last_3d)[p.dim() - 4])
 
+    def compile_blocks(self):
+        """Compile every Block by itself: like Blocks share their code, so this takes a minute where the whole network would take many."""
+        torch._dynamo.config.recompile_limit = 128                       # one version for each shape of Block; the default is 8
+        torch._dynamo.config.accumulated_recompile_limit = 1024
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=False)
+        self.compiled = True
+
     def run(self, module, *inputs):
-        return checkpoint(module, *inputs, use_reentrant=False) if self.checkpointing and self.training else module(*inputs)
+        norms = self.checkpointing == "norms"
+        if not self.training or self.checkpointing == "none" or norms and (self.compiled or not isinstance(module, Block)):
+            return module(*inputs)                                       # a compiled Block recomputes its norms unasked
+        keep = {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)} if norms else {}
+        return checkpoint(module, *inputs, use_reentrant=False, **keep)
+
+    def block(self, block, temb, *parts):
+        """A Block on the concatenated parts."""
+        if self.slab and not self.training:
+            return block.in_slabs(parts, temb, self.slab)
+        return self.run(block, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), temb)
 
     def forward(self, xt, t, context=None, drop=None):
         """xt: (B,in_channels,D,H,W)   t: (B,) in [0,1]   context: (B,N,context_dim), or None for the learned null text
@@ -219,23 +333,33 @@ class UNet3D(nn.Module):
         elif drop is not None:
             context = torch.where(drop[:, None, None], self.null_text, context)
         temb = self.time(sinusoidal(1000 * t, self.dim))                 # (B,4w)
-        x = r = self.stem(xt.contiguous(memory_format=torch.channels_last_3d))
+        if torch.is_autocast_enabled(xt.device.type):
+            xt = xt.to(torch.get_autocast_dtype(xt.device.type))         # as the stem would, but before the copy
+        xt = (to_depth(xt, self.patch) if self.patch > 1 else xt).contiguous(memory_format=torch.channels_last_3d)
+        x = r = self.stem_of(xt)
+        if self.slab:
+            r = None                                                     # made again at the end rather than held
         skips = []
         for down in self.downs:
-            x = self.run(down.slice1, x, temb)
-            x = self.run(down.slice2, x, temb)
+            x = self.block(down.slice1, temb, x)
+            x = self.block(down.slice2, temb, x)
             skips.append(x)
-            x = self.run(down.volume, down.resize(x), temb)              # (B,2w,D,H/2,W/2): depth is kept
-        x = self.run(self.first, x, temb)
+            x = self.block(down.volume, temb, down.resize(x))            # (B,2w,D,H/2,W/2): depth is kept
+        x = self.block(self.first, temb, x)
         for round in self.rounds:
-            x = self.run(round, x, temb, context, self.attend, self.plane)
-        x = self.run(self.last, x, temb)
+            x = self.run(round, x, context, self.attend, self.plane)
+            x = self.block(round.volume, temb, x)
+        x = self.block(self.last, temb, x)
         for up in self.ups:
-            x = self.run(up.slice1, torch.cat([x, skips.pop()], dim=1), temb)
-            x = self.run(up.slice2, x, temb)
-            x = up.resize(self.run(up.volume, x, temb))
-        x = self.run(self.head, torch.cat([x, r], dim=1), temb)
-        return self.out(x).float()
+            x = self.block(up.slice1, temb, x, skips.pop())
+            x = self.block(up.slice2, temb, x)
+            x = up.resize(self.block(up.volume, temb, x))
+        x = self.block(self.head, temb, x, self.stem_of(xt) if r is None else r)
+        x = self.out(x)
+        return (to_space(x, self.patch) if self.patch > 1 else x).float()
+
+    def stem_of(self, xt):
+        return conv_in_slabs(self.stem, [xt], self.slab)[0] if self.slab else self.stem(xt)
 
 
 # --- the released weights: their names, in order of substitution, and ours ---

@@ -53,8 +53,8 @@ def gaussian(mean, std):
     return net
 
 
-def flow_error(n, mean=0.2, std=0.1):
-    """n-step DDIM against the closed form of its flow, along which (x - sqrt(abar) mean) / spread is constant. In units of std."""
+def flow_error(n, order=1, mean=0.2, std=0.1):
+    """n-step DDIM, or DPM-Solver++(2M), against the closed form of its flow, along which (x - sqrt(abar) mean) / spread is constant. In units of std."""
     noise = torch.linspace(-1.5, 1.5, 64, dtype=torch.float64).reshape(1, 4, 1, 4, 4)
     net, (zero, one) = gaussian(mean, std), torch.eye(2, dtype=torch.float64)[1].split(1)
 
@@ -62,7 +62,7 @@ def flow_error(n, mean=0.2, std=0.1):
         return (alpha_bar(t) * std**2 + 1 - alpha_bar(t)).sqrt()
 
     exact = alpha_bar(zero).sqrt() * mean + (noise - alpha_bar(one).sqrt() * mean) / spread(one) * spread(zero)
-    made = ddim_sample(net, noise, torch.cat([times(n).double(), zero]))
+    made = ddim_sample(net, noise, torch.cat([times(n).double(), zero]), order=order)
     return error(made, net(exact, zero)) / std
 
 
@@ -71,14 +71,25 @@ def test_error_halves_when_steps_double():
     assert 1.8 < e50 / e100 < 2.2 and 0.14 < e50 < 0.16
 
 
+def test_second_order_beats_ddim_and_its_error_falls_with_the_square_of_the_steps():
+    e200, e400 = flow_error(200, order=2), flow_error(400, order=2)
+    assert 3.5 < e200 / e400 < 4.5 and e200 < flow_error(200) / 4
+
+
+def test_a_wrong_extrapolation_is_caught(monkeypatch):
+    monkeypatch.setattr(diffusion, "second_order", lambda x0_hat, x0_before, *_: x0_hat + 0.5 * (x0_before - x0_hat))
+    with pytest.raises(AssertionError):
+        test_second_order_beats_ddim_and_its_error_falls_with_the_square_of_the_steps()
+
+
 def point(xt, t, context=None):
     return torch.full_like(xt, 0.3)
 
 
-@pytest.mark.parametrize("n", [1, 2, 7])
-def test_a_point_mass_is_reproduced_in_any_number_of_steps(n):
+@pytest.mark.parametrize("n, order", [(1, 1), (2, 1), (7, 1), (1, 2), (7, 2)])
+def test_a_point_mass_is_reproduced_in_any_number_of_steps(n, order):
     noise = torch.randn(2, 4, 2, 2, 2, dtype=torch.float64)
-    assert error(ddim_sample(point, noise, times(n).double()), torch.full_like(noise, 0.3)) == 0
+    assert error(ddim_sample(point, noise, times(n).double(), order=order), torch.full_like(noise, 0.3)) == 0
 
 
 def test_true_x0_makes_ddim_return_to_where_q_sample_would_be():
@@ -112,9 +123,10 @@ def test_guidance_zero_and_one_are_identities():
     assert error(guide(a, b, 0), b) == 0 and error(guide(a, b, 1), a) < 1e-6
 
 
-def test_fixed_channels_come_out_unchanged_and_the_others_do_not():
+@pytest.mark.parametrize("order", [1, 2])
+def test_fixed_channels_come_out_unchanged_and_the_others_do_not(order):
     known, noise = torch.rand(2, 1, 4, 2, 4, 4)
-    x = ddim_sample(point, noise, times(5), known=known, fixed=[1, 3])
+    x = ddim_sample(point, noise, times(5), known=known, fixed=[1, 3], order=order)
     assert error(x[:, [1, 3]], known[:, [1, 3]]) == 0 and error(x[:, [0, 2]], torch.full((1, 2, 2, 4, 4), 0.3)) == 0
 
 
@@ -126,6 +138,9 @@ def test_steps_are_network_evaluations_twice_when_guided():
         return xt
     ddim_sample(net, torch.zeros(1, 4, 2, 2, 2), times(4), context=torch.zeros(1, 3, 2), guidance=2)
     assert calls == [(t, null) for t in (1, 0.75, 0.5, 0.25) for null in (False, True)]
+    calls.clear()
+    ddim_sample(net, torch.zeros(1, 4, 2, 2, 2), times(4), context=torch.zeros(1, 3, 2), guidance=2, interval=(0.5, 0.8))
+    assert calls == [(1, False), (0.75, False), (0.75, True), (0.5, False), (0.5, True), (0.25, False)]
 
 
 def test_loss_is_the_mean_square_on_x0_and_low_is_seen_first():

@@ -50,7 +50,7 @@ def test_resume_is_bit_exact_at_odd_places(phantoms, tmp_path):
 
 
 def test_two_processes_match_one_and_resume_to_the_bit(phantoms, tmp_path):
-    common = [*TINY, "--data", phantoms, "--no-amp", "--checkpointing"]
+    common = [*TINY, "--data", phantoms, "--no-amp", "--checkpointing", "blocks"]
     train_low.main([*map(str, common), "--out", str(tmp_path / "one"), "--steps", "5"])
     for out, steps in (("whole", 5), ("parts", 2), ("parts", 5)):
         done = torchrun("train_low.py", *common, "--out", tmp_path / out, "--steps", steps)
@@ -119,7 +119,7 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
     capsys.readouterr()
     for args, words in [(["--data", tmp_path / "none"], "phantom.py"), (["--data", phantoms, "--out", tmp_path / "a", "--dim", "16"], "dim 8 -> 16"),
                         (["--data", phantoms, "--batch", "3"], "multiple"), (["--data", phantoms, "--lr", "nan"], "--lr nan"),
-                        (["--data", phantoms, "--preset", "huge"], "paper or demo"), (["--data", phantoms, "--steps", "0"], "--steps 0")]:
+                        (["--data", phantoms, "--preset", "huge"], "presets are paper, demo"), (["--data", phantoms, "--steps", "0"], "--steps 0")]:
         code, err = fails(capsys, *TINY, *args)
         assert code == 2 and words in err and err.count("\n") == 1, err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import golden
-from unet3d import UNet3D, from_released, norm_scale_silu, rename
+import unet3d
+from unet3d import UNet3D, from_released, native_norm, rename, split_norm
 
 
 def error(a, b):
@@ -25,7 +26,7 @@ def test_sr_outputs_are_the_originals():
         assert error(net(z["x"], z["t"] / 1000)[golden.EVERY], z["out_eval"]) < 1e-4
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "norms", "blocks"])
 def test_loss_and_every_gradient_norm_are_the_originals(checkpointing):
     z, net = golden.load("low"), golden.network("low").train()
     net.checkpointing = checkpointing
@@ -66,8 +67,8 @@ def test_paper_sizes_and_every_released_key(name, net, parameters):
 def test_released_weights_load_with_prefix_and_buffers_and_say_what_is_wrong():
     state = {f"denoise_fn.{k}": v for k, v in golden.weights("sr").items()}
     state["betas"], state["alphas_cumprod"] = torch.zeros(1000), torch.zeros(1000)
-    net = from_released(state, bottom="depth", checkpointing=True)
-    assert net.args["in_channels"] == 8 and not net.plane and net.checkpointing
+    net = from_released(state, bottom="depth", checkpointing="blocks")
+    assert net.args["in_channels"] == 8 and not net.plane and net.checkpointing == "blocks"
     lost = state.pop("denoise_fn.mid_block2.block2.norm.bias")
     with pytest.raises(ValueError, match="missing last.norm2.bias"):
         from_released(state)
@@ -87,13 +88,15 @@ def test_rounds_that_do_not_share_their_attention_are_refused():
         from_released(state)
 
 
-def test_norm_scale_silu_is_its_formula():
+@pytest.mark.parametrize("norm_scale_silu", [native_norm, split_norm])
+def test_norm_scale_silu_is_its_formula(norm_scale_silu):
     x, norm, ss = torch.randn(3, 16, 4, 5, 6), torch.nn.GroupNorm(8, 16), torch.randn(3, 32)
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
     scale, shift = ss[..., None, None, None].chunk(2, dim=1)
     want = torch.nn.functional.silu(norm(x) * (1 + scale) + shift)
     assert error(norm_scale_silu(x, norm, ss), want) < 1e-5
     assert error(norm_scale_silu(x[:1], norm, ss[:1]), want[:1]) < 1e-5
+    assert error(norm_scale_silu(x, norm, None), torch.nn.functional.silu(norm(x))) < 1e-5
 
 
 def test_depth_attention_sees_the_column_and_plane_attention_the_slice():
@@ -101,12 +104,69 @@ def test_depth_attention_sees_the_column_and_plane_attention_the_slice():
         torch.manual_seed(0)
         net = UNet3D(8, in_channels=8, heads=2, rounds=1, context_dim=0, levels=1, bottom=bottom)
         attention, x = net.rounds[0], torch.randn(1, 8, 12, 4, 4)
-        torch.nn.init.zeros_(attention.volume.norm2.weight)              # silences the Block: what is left is the attention
         x2 = x.clone()
         x2[0, :, 3, 1, 1] += torch.randn(8)
         with torch.no_grad():
-            a, b = (attention(v, torch.zeros(1, 32), None, net.attend, net.plane) for v in (x, x2))
+            a, b = (attention(v, None, net.attend, net.plane) for v in (x, x2))
         changed = ((a - b).abs().sum(1)[0] > 1e-7)
         seen = torch.zeros(12, 4, 4, dtype=torch.bool)
         seen[(slice(None), 1, 1) if axis == 0 else 3] = True
         assert (changed == seen).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_slabs_give_the_whole_volume(size):
+    """Not an approximation: statistics are of the whole volume, halos are the neighbours' own slices. 13 slices: no slab divides it."""
+    net = UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)                                # gains of 1 and offsets of 0 would hide mistakes
+    x, t = torch.randn(2, 8, 13, 8, 8) + 3, torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        whole = net(x, t)
+        net.slab = size
+        assert error(net(x, t), whole) < 2e-5 * whole.abs().max()
+
+
+def test_slabs_agree_with_the_original():
+    z, net = golden.load("sr"), golden.network("sr")
+    net.slab = 5
+    with torch.no_grad():
+        assert error(net(z["x"], z["t"] / 1000)[golden.EVERY], z["out_eval"]) < 1e-4
+
+
+def test_checkpointing_norms_holds_a_third_of_the_memory():
+    net, held = UNet3D(8, levels=2, heads=1, context_dim=0), {}
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x
+        return x
+    for net.checkpointing in ("none", "norms", "blocks"):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            net(torch.randn(1, 4, 8, 16, 16), torch.tensor([0.5]))
+        held[net.checkpointing] = sum(x.untyped_storage().nbytes() for x in kept.values())
+    assert held["blocks"] < held["norms"] < 0.4 * held["none"]
+
+
+def test_compiled_blocks_give_the_same_output_and_gradients():
+    net = UNet3D(8, levels=1, heads=1, context_dim=0, in_channels=8, rounds=1)
+    x, t = torch.randn(1, 8, 4, 8, 8), torch.tensor([0.5])
+    results = []
+    for _ in range(2):
+        y = net(x, t)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+        net.zero_grad()
+        net.compile_blocks()
+    assert all(error(a, b) < 1e-4 for a, b in zip(*results, strict=True))
+
+
+def test_space_to_depth_is_undone_and_keeps_neighbours_together():
+    x = torch.arange(2 * 3 * 4 * 4 * 8.0).reshape(2, 3, 4, 4, 8)
+    y = unet3d.to_depth(x, 2)
+    assert y.shape == (2, 24, 2, 2, 4) and torch.equal(unet3d.to_space(y, 2), x)
+    assert set(y[0, :8, 0, 1, 2].tolist()) == set(x[0, 0, 0:2, 2:4, 4:6].flatten().tolist())
+    net = UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2, patch=2)
+    assert net(torch.randn(1, 8, 6, 8, 12), torch.tensor([0.5])).shape == (1, 4, 6, 8, 12)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (CHANNELS, FOV, MASKS, SCALE, decode, encode, exits, picture, read_report, save_nifti, to_model, upsample)
+from data import (CHANNELS, FOV, MASKS, SCALE, decode, encode, exits, keep_memory, picture, read_report, save_nifti, to_model, upsample)
 from diffusion import ddim_sample, times
 from unet3d import UNet3D, from_released
 
@@ -167,6 +167,7 @@ def sample(args):
     out.mkdir(parents=True, exist_ok=True)
     (out / ".writable").touch(), (out / ".writable").unlink()            # now, not after minutes of sampling
 
+    keep_memory()
     stages = load_stages(args.model)
     low_net, low_about = stages["low"]
     sr_net, sr_about = (None, None) if args.stop_at_low else stages.get("sr", (None, None))

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Cases, cases, exits, picture, write_atomic
+from data import Cases, cases, exits, keep_memory, picture, write_atomic
 from diffusion import ddim_sample, loss, times
 from unet3d import UNet3D
 
@@ -317,6 +317,7 @@ def alone(out, rank):
 def run(cfg, make_net, make_data, loss_fn, samples_fn):
     """Processes, network, data, loop; stage 2 calls it too."""
     torch.manual_seed(cfg.seed)
+    keep_memory()
     device, rank, world = setup(cfg)
     try:
         if rank == 0:

@@ -4,14 +4,11 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["OMP_NUM_THREADS"] = "2"                # before torch, as in the processes that tests start: torch.set_num_threads gives other bits
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import pytest
-import torch
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,13 @@ def test_stop_at_low_writes_the_low_resolution_volume(model, tmp_path):
     assert volume(tmp_path / "sample").shape == (8, 8, 8)
 
 
+def test_slabs_change_memory_and_not_the_sample(model, tmp_path):
+    for out, more in (("whole", []), ("slabs", ["--slab", 5]), ("dpm", ["--solver", "dpm"]), ("middle", ["--guidance-interval", 0.6, 0.9])):
+        sample.main([*QUICK, "--low-steps", "4", "--no-amp", "--prompt", "Number 3.", "--model", str(model), "--out", str(tmp_path / out), *map(str, more)])
+    whole, slabs, dpm, middle = (volume(tmp_path / out / "prompt").astype(int) for out in ("whole", "slabs", "dpm", "middle"))
+    assert np.abs(whole - slabs).max() <= 1 and np.abs(whole - dpm).max() > 1 and np.abs(whole - middle).max() > 1
+
+
 def test_released_checkpoint_folders_are_taken(tmp_path):
     for name in ("low", "sr"):
         folder = tmp_path / f"{name}_ckpt"
@@ -141,7 +148,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
     (tmp_path / "evil/x_ckpt").mkdir()
     torch.save({"denoise_fn.x": Evil()}, tmp_path / "evil/x_ckpt/pytorch_model_1.bin")
     (tmp_path / "locked").write_text("a file, not a folder")
-    cases = [(["--guidance", "nan"], "--guidance nan"), (["--low-steps", "0"], "--low-steps 0"), (["--seed", "-1"], "--seed"), (["--samples", "0"], "--samples"),
+    cases = [(["--guidance", "nan"], "--guidance nan"), (["--low-steps", "0"], "--low-steps 0"), (["--seed", "-1"], "--seed"), (["--guidance-interval", "0.8", "0.2"], "FROM <= TO"), (["--slab", "-2"], "--slab"), (["--samples", "0"], "--samples"),
              (["--report", tmp_path / "empty.txt"], "no words"), (["--report", tmp_path / "binary.txt"], "UTF-8"), (["--report", tmp_path / "none.txt"], "none.txt"),
              (["--prompt", "a", "--report", tmp_path / "empty.txt"], "one text"), (["--airway", tmp_path / "none.nii"], "no such file"), (["--out", tmp_path / "there"], "--overwrite"),
              (["--ct", airway, "--airway", airway], "leave the masks out"), (["--ct", airway], "Hounsfield"), (["--model", tmp_path / "none"], "no such folder"),

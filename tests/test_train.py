@@ -56,6 +56,10 @@ def test_two_processes_match_one_and_resume_to_the_bit(phantoms, tmp_path):
         done = torchrun("train_low.py", *common, "--out", tmp_path / out, "--steps", steps)
         assert done.returncode == 0, done.stderr
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    for steps in (3, 5):                                                 # the optimizer's state in shares, put together and taken apart again
+        done = torchrun("train_low.py", *common, "--out", tmp_path / "zero", "--steps", steps, "--zero")
+        assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "zero"))
     one, two = ([(float(r["loss"]), float(r["gradient_norm"])) for r in csv.DictReader(open(tmp_path / out / "loss.csv"))] for out in ("one", "whole"))
     assert len(one) == 5
     for a, b in zip(one, two):                                           # Adam blows up roundings in weights whose gradient is nothing, not in these
@@ -67,6 +71,12 @@ def test_two_processes_train_stage_2(phantoms, tmp_path):
     assert done.returncode == 0, done.stderr
     net, about = exported(tmp_path / "sr", "sr")
     assert about["grid"] == 32 and net.args["in_channels"] == 8
+
+
+def test_a_light_stage_2_trains_and_loads(phantoms, tmp_path):
+    train_sr.main([*TINY, "--data", str(phantoms), "--out", str(tmp_path), "--steps", "2", "--crop", "16,16,16", "--patch", "2"])
+    net, _ = exported(tmp_path, "sr")
+    assert net.args["patch"] == 2 and net(torch.randn(1, 8, 8, 8, 8), torch.tensor([0.5])).shape == (1, 4, 8, 8, 8)
 
 
 def exported(out, kind):
@@ -124,6 +134,8 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
         assert code == 2 and words in err and err.count("\n") == 1, err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)
     assert code == 2 and "--crop" in err
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "15,16,16", "--patch", "2", run=train_sr.main)
+    assert code == 2 and "D of 2" in err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--crop", "16,16,16", run=train_sr.main)
     assert code == 2 and "kind low" in err
 

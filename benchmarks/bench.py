@@ -1,0 +1,296 @@
+"""Speed and memory of everything that costs time, beside the same network written the plain way (reference.py) and, where installed, MONAI's.
+
+    python benchmarks/bench.py                       # GPU: the paper's sizes; CPU: width 32 and 16, about half an hour on two cores
+    python benchmarks/bench.py --quick               # a few minutes
+    python benchmarks/bench.py --json > bench.jsonl  # one line a case
+
+Every figure is the median of --repeats runs in which all forms take turns, so that a busy machine slows all of them alike; compare the
+ratios. Memory is the peak above the process's own (weights, gradients and activations): torch.cuda's count, or on a CPU the resident set of
+a process that runs this one form once. TFLOP are counted from shapes; the ceiling is a large bf16 matrix product on the same device.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))                     # the repository's root: its scripts are the modules
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from data import SCALE, Cases, exits, keep_memory, upsample
+from diffusion import ddim_sample, times
+from reference import Reference
+from unet3d import UNet3D
+
+WIDTHS = {"cuda": (160, 56), "cpu": (32, 16)}                             # of G and H; the paper's are the first
+CASES = {                                                                 # name: stage, (D,H,W), step or forward, in --quick
+    "G_32_forward": ("G", (32, 32, 32), "forward", True), "G_32_step": ("G", (32, 32, 32), "step", True),
+    "G_64_forward": ("G", (64, 64, 64), "forward", True), "G_64_step": ("G", (64, 64, 64), "step", True),
+    "H_crop_step": ("H", (256, 72, 72), "step", True), "H_64x128x128_forward": ("H", (64, 128, 128), "forward", False),
+    "H_128_forward": ("H", (128, 128, 128), "forward", True), "H_256_forward": ("H", (256, 256, 256), "forward", False),
+    "H_256_forward_slab": ("H", (256, 256, 256), "slab", False), "H_256_step": ("H", (256, 256, 256), "step", False)}
+FORMS = ["ours", "ours float32", "ours compiled", "ours light", "reference", "reference autocast", "MONAI"]
+UNFIT = {"H_256_step": ["reference", "reference autocast"]}               # 269 GiB
+
+
+def network(stage, form, width, device, heavy=False):
+    """-> network, whether it runs under bf16 autocast"""
+    text = dict(heads=8) if stage == "G" else dict(in_channels=8, heads=4, rounds=1, context_dim=0)
+    torch.manual_seed(0)
+    if form == "MONAI":
+        from monai.networks.nets import DiffusionModelUNet
+        c = max(8, width * 4 // 5 // 8 * 8)                               # as many parameters as ours, nearly
+        net = DiffusionModelUNet(3, text.get("in_channels", 4), 4, channels=(c, 2 * c, 4 * c, 8 * c), attention_levels=(False, False, False, stage == "G"),
+                                 num_res_blocks=2, num_head_channels=32, norm_num_groups=8, with_conditioning=stage == "G",
+                                 cross_attention_dim=768 if stage == "G" else None)
+        return net.to(device), False
+    net = UNet3D(width, **text, patch=2 if form == "ours light" else 1, checkpointing="blocks" if heavy else "norms" if form.startswith("ours") else "none")
+    if form.startswith("reference"):
+        return Reference(net).to(device), "autocast" in form
+    net.to(device)
+    if form == "ours compiled" or device == "cuda" and form == "ours":
+        net.compile_blocks()
+    return net, form != "ours float32"
+
+
+def job(case, form, width, device):
+    """-> a function that runs the case once"""
+    stage, shape, mode, _ = CASES[case]
+    net, amp = network(stage, form, width, device, heavy=case == "H_256_step")
+    g = torch.Generator().manual_seed(1)
+    xt = torch.randn(1, 4 if stage == "G" else 8, *shape, generator=g).to(device)
+    t, context = torch.tensor([0.5], device=device), torch.randn(1, 192, 768, generator=g).to(device) if stage == "G" else None
+    call = lambda: net(xt, 1000 * t, context) if form == "MONAI" else net(xt, t, context)
+    opt = torch.optim.AdamW(net.parameters(), fused=True) if mode == "step" else None
+    net.train(mode == "step")
+    if mode == "slab" and form.startswith("ours"):
+        net.slab = 16
+
+    def run():
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            if mode != "step":
+                with torch.no_grad():
+                    return call()
+            value = call().float().square().mean()
+        value.backward()
+        opt.step()
+        opt.zero_grad()
+    return run
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def clock(run, device):
+    wait(device)
+    began = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def resident():
+    """This process's resident set now and at its highest, MB."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return [int(fields[k].split()[0]) / 1000 for k in ("VmRSS", "VmHWM")]
+
+
+def peak_mb(case, form, width, device):
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        run = job(case, form, width, device)
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    child = subprocess.run([sys.executable, __file__, "--peak-of", case, form, str(width)], capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(f"{case}, {form}: the process that measures memory failed: {child.stderr.strip().splitlines()[-1:]}")
+    return float(child.stdout.splitlines()[-1])
+
+
+def tflop(case, width):
+    stage, shape, mode, _ = CASES[case]
+    with FakeTensorMode():                                                # shapes without numbers
+        net = UNet3D(width, **(dict(heads=8) if stage == "G" else dict(in_channels=8, heads=4, rounds=1, context_dim=0)))
+        xt, t, context = torch.randn(1, net.args["in_channels"], *shape), torch.rand(1), torch.randn(1, 192, 768) if stage == "G" else None
+        with FlopCounterMode(display=False) as counter:
+            y = net(xt, t, context)
+            if mode == "step":
+                y.sum().backward()
+    return counter.get_total_flops() / 1e12
+
+
+def ceiling(device):
+    """TFLOP/s of a bf16 matrix product, best of 5."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    run = lambda: a @ b
+    run()
+    return 2 * n**3 / min(clock(run, device) for _ in range(5)) / 1e12
+
+
+def measure(case, forms, width, device, repeats):
+    """-> {form: (median seconds, peak MB)}"""
+    peaks = {form: peak_mb(case, form, width, device) for form in forms}
+    runs = {form: job(case, form, width, device) for form in forms}
+    for run in runs.values():
+        run()                                                             # compiles, chooses algorithms, fills caches
+    seconds = {form: [] for form in forms}
+    for _ in range(repeats):
+        for form, run in runs.items():
+            seconds[form].append(clock(run, device))
+    return {form: (statistics.median(seconds[form]), peaks[form]) for form in forms}
+
+
+# --- what is not a network call ---
+
+def sampling(device, repeats, low_steps, sr_steps, order):
+    """A whole volume: the demo weights' sizes on a CPU, the paper's on a GPU, random weights.   -> seconds, reference seconds, peak MB, reference's"""
+    (dim, sr_dim), grid, levels = ((160, 56), 64, 4) if device == "cuda" else ((16, 16), 32, 3)
+    torch.manual_seed(0)
+    low = UNet3D(dim, levels=levels).eval()
+    sr = UNet3D(sr_dim, in_channels=8, heads=4, rounds=1, context_dim=0, levels=levels).eval()
+    context = torch.randn(1, 192, 768, device=device)
+    forms = {"ours": (low, sr), "reference": (Reference(low).eval(), Reference(sr).eval())}
+    seconds, peaks = {f: [] for f in forms}, {}
+    for nets in forms.values():
+        for net in nets:
+            net.to(device)
+            if device == "cuda" and isinstance(net, UNet3D):
+                net.compile_blocks()
+
+    def run(form):
+        g, h = forms[form]
+        n, m, o = (low_steps, sr_steps, order) if form == "ours" else (50, 20, 1)
+        with torch.autocast(device, torch.bfloat16, enabled=form == "ours"):
+            x = ddim_sample(g, torch.randn(1, 4, grid, grid, grid, device=device), times(n), context, 2.0, order=o)
+            ddim_sample(h, torch.randn(1, 4, *[SCALE * grid] * 3, device=device), times(m), low=upsample(x), order=o)
+    if device == "cuda":
+        for form in forms:
+            run(form)
+            torch.cuda.reset_peak_memory_stats()
+            run(form)
+            peaks[form] = torch.cuda.max_memory_allocated() / 1e6
+    for _ in range(repeats):
+        for form in forms:
+            seconds[form].append(clock(lambda: run(form), device))
+    return *(statistics.median(seconds[f]) for f in forms), *(peaks.get(f) for f in forms)
+
+
+def text_tokens(device):
+    """Tokens of reports per second through a BERT of the paper's size, random weights."""
+    from transformers import BertConfig, BertModel
+    bert = BertModel(BertConfig(), add_pooling_layer=False).eval().to(device)
+    ids = torch.randint(1000, 30000, (8, 192), device=device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        run = lambda: bert(input_ids=ids)
+        run()
+        return ids.numel() / min(clock(run, device) for _ in range(5))
+
+
+def loader_cases(crop, grid, workers):
+    """Cases per second from the trainers' loader, as it feeds them; 16 cases of noise on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(16):
+            case = Path(folder) / f"case{i}"
+            case.mkdir()
+            for name, dtype in dict(ct=np.int16, lobe=np.uint8, airway=np.uint8, vessel=np.uint8).items():
+                np.save(case / f"{name}.npy", np.random.default_rng(i).integers(0, 2, (grid,) * 3, dtype=dtype))
+            np.save(case / "low.npy", np.zeros((4,) + (grid // SCALE,) * 3, np.float16))
+            np.save(case / "text.npy", np.zeros((192, 768), np.float16))
+        numbers = [[2 * i, 2 * i + 1] for i in range(136)]
+        loader = iter(DataLoader(Cases(sorted(Path(folder).iterdir()), 0, crop), batch_sampler=numbers, num_workers=workers))
+        for _ in range(8):                                                # workers have started, the disk's cache is warm
+            next(loader)
+        began = time.perf_counter()
+        return sum(len(batch[0]) for batch in loader) / (time.perf_counter() - began)
+
+
+# --- the table ---
+
+def say(args, **row):
+    if args.json:
+        print(json.dumps(row), flush=True)
+        return
+    number = lambda v, form: "" if v is None else format(v, form)
+    others = "  ".join(f"{name} {v['seconds']:.3g} s, {v['peak_mb']:.0f} MB" for name, v in row.get("others", {}).items())
+    print(f"{row['case']:22}{number(row.get('seconds'), '9.3f')} s{number(row.get('reference_seconds'), '9.3f')} s{number(row.get('ratio'), '7.2f')}x"
+          f"{number(row.get('peak_mb'), '9.0f')} MB{number(row.get('reference_peak_mb'), '9.0f')} MB{number(row.get('tflops'), '8.2f')} TFLOP/s"
+          f"{number(row.get('share'), '6.0%')}   {others}{row.get('note', '')}", flush=True)
+
+
+def bench(args):
+    device = args.device
+    top = ceiling(device)
+    name = torch.cuda.get_device_name() if device == "cuda" else next((line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU").strip()
+    forms = [f for f in FORMS if f in args.forms and not (f == "ours compiled" and device == "cuda")]
+    if importlib.util.find_spec("monai") is None:
+        forms = [f for f in forms if f != "MONAI"]
+    widths = dict(zip("GH", WIDTHS[device]))
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, ceiling {top:.2f} TFLOP/s, widths G {widths['G']}, H {widths['H']}, "
+          f"{args.repeats} repeats", file=sys.stderr)
+    for case, (stage, _, mode, quick) in CASES.items():
+        if args.only and case not in args.only or args.quick and not quick or case == "H_256_step" and device == "cpu":
+            continue
+        fit = [f for f in forms if f not in UNFIT.get(case, []) and not (f in ("ours light", "MONAI") and (stage == "G") != (f == "MONAI"))]
+        found = measure(case, fit, widths[stage], device, args.repeats)
+        seconds, peak = found["ours"]
+        ref_seconds, ref_peak = found.get("reference", (None, None))
+        work = tflop(case, widths[stage])
+        say(args, case=case, seconds=seconds, reference_seconds=ref_seconds, ratio=ref_seconds and ref_seconds / seconds, peak_mb=peak, reference_peak_mb=ref_peak,
+            tflop=work, tflops=work / seconds, share=work / seconds / top,
+            others={f: dict(seconds=s, peak_mb=p) for f, (s, p) in found.items() if f not in ("ours", "reference")})
+    wanted = lambda case: case in args.only if args.only else not args.quick
+    for case, low_steps, sr_steps, order in (("sampling_50_20", 50, 20, 1), ("sampling_dpm_20_10", 20, 10, 2)):
+        if wanted(case):
+            ours, ref, peak, ref_peak = sampling(device, args.repeats, low_steps, sr_steps, order)
+            say(args, case=case, seconds=ours, reference_seconds=ref, ratio=ref / ours, peak_mb=peak, reference_peak_mb=ref_peak)
+    if wanted("text_encoder"):
+        say(args, case="text_encoder", tokens_per_s=text_tokens(device), note=f"   {text_tokens(device):.0f} tokens/s")
+    if wanted("loader"):
+        grid = 256 if device == "cuda" else 128
+        for case, crop in (("loader_low", None), ("loader_sr", (256, 72, 72) if grid == 256 else (64, 48, 48))):
+            rate = loader_cases(crop, grid, 4 if device == "cuda" else 1)
+            say(args, case=case, cases_per_s=rate, note=f"   {rate:.0f} cases/s")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--quick", action="store_true", help="fewer cases and forms")
+    p.add_argument("--json", action="store_true", help="one JSON object a case on stdout")
+    p.add_argument("--repeats", type=int, default=5, help="runs of each form, interleaved")
+    p.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join(CASES)}, sampling_50_20, sampling_dpm_20_10, text_encoder, loader")
+    p.add_argument("--forms", nargs="+", choices=FORMS, help="which forms run beside `ours` (default all; --quick: float32 and the reference)")
+    p.add_argument("--peak-of", nargs=3, metavar=("CASE", "FORM", "WIDTH"), help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    with exits():
+        keep_memory()                                                     # for all forms alike
+        if args.peak_of:
+            case, form, width = args.peak_of
+            before = resident()[0]
+            job(case, form, int(width), "cpu")()
+            print(resident()[1] - before)
+            return
+        if args.repeats < 1:
+            raise ValueError(f"--repeats {args.repeats}; at least 1 is needed; 5 is usual")
+        args.forms = ["ours", *(args.forms or (["ours float32", "reference"] if args.quick else FORMS[1:]))]
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))   # the processes that measure memory do as this one
+        bench(args)
+
+
+if __name__ == "__main__":
+    main()

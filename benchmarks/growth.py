@@ -1,0 +1,134 @@
+"""How cost grows: with the edge of the volume, with the batch, with the number of processes; and, on paper, to 4 and 64 GPUs. One plot, growth.png.
+
+    python benchmarks/growth.py                      # CPU, some 10 minutes on two cores: width 16
+
+Weak scaling: every process has its own sample, gradients are summed by gloo. More processes than cores share them, which the plot says.
+The paper part is arithmetic, not a measurement: a ring all-reduce sends 2 (n-1)/n of the gradients' bytes through each GPU's slowest link.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench import clock, resident                                        # puts the repository's root on the path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import exits, keep_memory, write_atomic
+from unet3d import UNet3D
+
+G_BYTES = 4 * 716_215_684                        # float32 gradients of the paper's G
+LINKS = {"4 GPUs, PCIe 4": (4, 20e9), "4 GPUs, NVLink": (4, 400e9), "64 GPUs, 400 Gb/s a GPU": (64, 45e9)}     # bytes/s, about what is reached
+
+
+def step_of(net, batch, edge):
+    net.train()
+    x, t, context = torch.randn(batch, 4, edge, edge, edge), torch.rand(batch), torch.randn(batch, 192, 768)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            value = net(x, t, context).square().mean()
+        value.backward()
+        for p in net.parameters():
+            p.grad = None
+    return run
+
+
+def forward_of(net, batch, edge):
+    net.eval()
+    x, t = torch.randn(batch, 4, edge, edge, edge), torch.rand(batch)
+
+    def run():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            net(x, t)
+    return run
+
+
+def one(edge, batch, step, repeats=3):
+    """-> median seconds, peak MB above the process's own"""
+    before = resident()[0]
+    net = UNet3D(16, heads=4, levels=3, checkpointing="norms")
+    run = step_of(net, batch, edge) if step else forward_of(net, batch, edge)
+    run()
+    return statistics.median(clock(run, "cpu") for _ in range(repeats)), resident()[1] - before
+
+
+def worker():
+    """One process of the weak scaling; rank 0 prints its median seconds."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    run = step_of(DistributedDataParallel(UNet3D(16, heads=4, levels=3, checkpointing="norms"), gradient_as_bucket_view=True), 1, 32)
+    run(), run()
+    seconds = statistics.median(clock(run, "cpu") for _ in range(5))
+    if dist.get_rank() == 0:
+        print(seconds)
+    dist.destroy_process_group()
+
+
+def child(*args, n=0, **env):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n else []
+    done = subprocess.run([sys.executable, *launch, __file__, *map(str, args)], capture_output=True, text=True, env={**os.environ, **env})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, args))}: failed: {done.stderr.strip().splitlines()[-1:]}")
+    return [float(v) for v in done.stdout.split()]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--edges", type=int, nargs="+", default=[32, 48, 64, 96, 128], help="up to 256, with memory and patience")
+    p.add_argument("--out", type=Path, default=Path(__file__).parent, help="where growth.json and growth.png appear")
+    p.add_argument("--one", nargs=3, type=int, metavar=("EDGE", "BATCH", "STEP"), help=argparse.SUPPRESS)
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    with exits():
+        keep_memory()
+        if args.worker:
+            return worker()
+        if args.one:
+            return print(*one(*args.one))
+        found = {"edge": [[e, *child("--one", e, 1, 0), *child("--one", e, 1, 1)] for e in args.edges],
+                 "batch": [[b, *child("--one", 32, b, 1)] for b in (1, 2, 4, 8)],
+                 "processes": [[n, *child("--worker", n=n, OMP_NUM_THREADS="1")] for n in (1, 2, 4)],
+                 "on paper": {name: 2 * (n - 1) / n * G_BYTES / rate for name, (n, rate) in LINKS.items()}}
+        for name, rows in found.items():
+            print(name, *(f"  {row}" for row in (rows.items() if isinstance(rows, dict) else rows)), sep="\n")
+        found["cores"] = os.cpu_count()
+        write_atomic(args.out / "growth.json", (json.dumps(found, indent=1) + "\n").encode())
+        draw(args.out / "growth.png", found)
+        print(f"wrote {args.out / 'growth.json'} and growth.png")
+
+
+def draw(path, found):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, (a, b, c) = plt.subplots(1, 3, figsize=(12, 3.6))
+    e, forward, forward_mb, step, step_mb = zip(*found["edge"])
+    a.loglog(e, forward, "o-", label="forward, s"), a.loglog(e, step, "s-", label="training step, s")
+    a.loglog(e, [m / 1000 for m in forward_mb], "o:", label="forward, GB"), a.loglog(e, [m / 1000 for m in step_mb], "s:", label="training step, GB")
+    a.loglog(e, [step[0] * (v / e[0]) ** 3 for v in e], "k--", lw=0.8, label="edge^3")
+    a.set_xticks(e, e)
+    a.set(title="G, width 16, batch 1", xlabel="edge of the volume, voxels")
+    n, s, _ = zip(*found["batch"])
+    b.plot(n, [v / k for v, k in zip(s, n)], "o-")
+    b.set(title="training step at 32^3", xlabel="batch", ylabel="s a sample", ylim=(0, None))
+    n, s = zip(*found["processes"])
+    c.plot(n, [s[0] / v for v in s], "o-", label="measured, gloo, 1 thread each")
+    c.plot(n, [min(1, found["cores"] / k) for k in n], "k--", lw=0.8, label=f"limit of {found['cores']} cores")
+    c.set(title="weak scaling, a sample a process", xlabel="processes", ylabel="efficiency", ylim=(0, 1.15), xticks=n)
+    a.legend(fontsize=7), c.legend(fontsize=7)
+    paper = "on paper, summing G's gradients takes: " + ", ".join(f"{name} {1000 * v:.0f} ms" for name, v in found["on paper"].items())
+    fig.text(0.01, 0.01, paper, fontsize=7)
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100))
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The bar is the same network, and the table says what it must."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import bench
+import steps
+from reference import Reference
+from unet3d import UNet3D
+
+
+@pytest.mark.parametrize("options, channels", [(dict(context_dim=16, tokens=5, heads=2), 4), (dict(in_channels=8, rounds=1, context_dim=0, heads=2), 8)])
+def test_the_reference_is_the_same_network(options, channels):
+    torch.manual_seed(0)
+    net = UNet3D(8, levels=3, **options)
+    x, t, context = torch.randn(2, channels, 4, 16, 16), torch.tensor([0.2, 0.8]), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for text in (context, None):
+            assert (net(x, t, text) - Reference(net)(x, t, text)).abs().max() < 1e-4
+
+
+def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsys):
+    assert {"G_64_forward", "G_64_step", "H_crop_step", "H_128_forward"} <= {name for name, case in bench.CASES.items() if case[3]}
+    monkeypatch.setattr(bench, "CASES", {"G_8_step": ("G", (8, 8, 8), "step", True), "H_8_slab": ("H", (8, 8, 8), "slab", True)})
+    monkeypatch.setattr(bench, "WIDTHS", {"cpu": (8, 8)})
+    monkeypatch.setattr(bench, "peak_mb", lambda *_: 1.0)
+    bench.main(["--quick", "--json", "--repeats", "2", "--device", "cpu"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["case"] for r in rows] == ["G_8_step", "H_8_slab"]
+    assert all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) and r["peak_mb"] == r["reference_peak_mb"] == 1 and r["tflop"] > 0 for r in rows)
+
+
+def test_memory_is_that_of_a_process_of_its_own():
+    done = subprocess.run([sys.executable, str(FOLDER / "bench.py"), "--peak-of", "G_32_forward", "ours", "8"], capture_output=True, text=True)
+    assert done.returncode == 0 and 5 < float(done.stdout) < 2000, done.stderr
+
+
+def test_the_distance_from_the_limit_is_nothing_at_the_limit():
+    x = torch.rand(1, 4, 4, 4, 4) * 2 - 1
+    assert steps.distance(x, x) == [0, 0, 0]
+    found = steps.curve(lambda seed, n, order: x + 1 / n**order, (2, 4), 10**9, [0])
+    assert found["ddim"][0][1] == pytest.approx(0.5, abs=1e-4) and found["dpm"][1][1] == pytest.approx(1 / 16, abs=1e-4)

@@ -167,7 +167,8 @@ def sample(args):
     out.mkdir(parents=True, exist_ok=True)
     (out / ".writable").touch(), (out / ".writable").unlink()            # now, not after minutes of sampling
 
-    keep_memory()
+    if not args.slab:
+        keep_memory()                                                    # speed for memory; the opposite is wanted there
     stages = load_stages(args.model)
     low_net, low_about = stages["low"]
     sr_net, sr_about = (None, None) if args.stop_at_low else stages.get("sr", (None, None))

@@ -50,7 +50,7 @@ class Config:
     seed: int = arg(0, "decides the first weights, the order of cases and all noise")
     steps: int = arg(40_000, "optimizer updates")
     batch: int = arg(64, "samples per optimizer step over all processes")
-    micro: int = arg(1, "samples per process at a time; the rest of the batch is accumulated")
+    micro: int = arg(4, "samples per process at a time; the rest of the batch is accumulated")
     lr: float = arg(1e-4, "AdamW, betas (0.9, 0.999)")
     decay: float = arg(0.01, "weight decay; released code")
     clip: float = arg(1.0, "largest gradient norm")

@@ -101,7 +101,7 @@ def native_norm(x, norm, scale_shift):
         x = F.group_norm(x, GROUPS, weight[0], bias[0], norm.eps)
     else:
         x = torch.addcmul(bias[..., None, None, None], F.group_norm(x, GROUPS, eps=norm.eps), weight[..., None, None, None])
-    return F.silu(x).to(dtype)
+    return F.silu(x, inplace=not x.requires_grad).to(dtype)              # x is the norm's own: nobody else sees it
 
 
 class Block(nn.Module):
@@ -121,8 +121,10 @@ class Block(nn.Module):
     def forward(self, x, temb):
         scale_shift = self.time(F.silu(temb)) if self.time else None     # (B, 2 cout)
         h = norm_scale_silu(self.conv1(x), self.norm1, scale_shift)
-        h = norm_scale_silu(self.conv2(h), self.norm2)
-        return h + self.skip(x)
+        h = self.conv2(h)                                                # in two lines: its input is freed before the norm
+        h = norm_scale_silu(h, self.norm2)
+        h += self.skip(x)
+        return h
 
     def in_slabs(self, parts, temb, size):
         """forward(cat(parts), temb) for inference, holding one tensor of the output's size beside the parts: everything else is
@@ -316,11 +318,14 @@ class UNet3D(nn.Module):
         keep = {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)} if norms else {}
         return checkpoint(module, *inputs, use_reentrant=False, **keep)
 
-    def block(self, block, temb, *parts):
-        """A Block on the concatenated parts."""
-        if self.slab and not self.training:
-            return block.in_slabs(parts, temb, self.slab)
-        return self.run(block, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), temb)
+    def block(self, block, temb, x):
+        """A Block on x, a tensor or, for slabs, a list of tensors to be concatenated."""
+        if self.slab:
+            return block.in_slabs(x if isinstance(x, list) else [x], temb, self.slab)
+        return self.run(block, x, temb)
+
+    def join(self, *parts):
+        return list(parts) if self.slab else torch.cat(parts, dim=1)
 
     def forward(self, xt, t, context=None, drop=None):
         """xt: (B,in_channels,D,H,W)   t: (B,) in [0,1]   context: (B,N,context_dim), or None for the learned null text
@@ -344,17 +349,20 @@ class UNet3D(nn.Module):
             x = self.block(down.slice1, temb, x)
             x = self.block(down.slice2, temb, x)
             skips.append(x)
-            x = self.block(down.volume, temb, down.resize(x))            # (B,2w,D,H/2,W/2): depth is kept
+            x = down.resize(x)                                           # (B,2w,D,H/2,W/2): depth is kept
+            x = self.block(down.volume, temb, x)
         x = self.block(self.first, temb, x)
         for round in self.rounds:
             x = self.run(round, x, context, self.attend, self.plane)
             x = self.block(round.volume, temb, x)
         x = self.block(self.last, temb, x)
         for up in self.ups:
-            x = self.block(up.slice1, temb, x, skips.pop())
+            x = self.join(x, skips.pop())                                # a name for one thing at a time: what has none is freed
+            x = self.block(up.slice1, temb, x)
             x = self.block(up.slice2, temb, x)
             x = up.resize(self.block(up.volume, temb, x))
-        x = self.block(self.head, temb, x, self.stem_of(xt) if r is None else r)
+        x, r = self.join(x, self.stem_of(xt) if r is None else r), None
+        x = self.block(self.head, temb, x)
         x = self.out(x)
         return (to_space(x, self.patch) if self.patch > 1 else x).float()
 

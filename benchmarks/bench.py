@@ -278,7 +278,8 @@ def main(argv=None):
     p.add_argument("--peak-of", nargs=3, metavar=("CASE", "FORM", "WIDTH"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     with exits():
-        keep_memory()                                                     # for all forms alike
+        if not args.peak_of or CASES[args.peak_of[0]][2] != "slab":
+            keep_memory()                                                 # for all forms alike, as the scripts do
         if args.peak_of:
             case, form, width = args.peak_of
             before = resident()[0]

@@ -3,37 +3,75 @@
     python benchmarks/growth.py                      # CPU, some 10 minutes on two cores: width 16
 
 Weak scaling: every process has its own sample, gradients are summed by gloo. More processes than cores share them, which the plot says.
-The paper part is arithmetic, not a measurement: a ring all-reduce sends 2 (n-1)/n of the gradients' bytes through each GPU's slowest link.
+The paper parts are arithmetic, not measurements: a ring all-reduce sends 2 (n-1)/n of the gradients' bytes through each GPU's slowest link,
+and what a training step holds for its backward pass follows from shapes alone.
 """
 import argparse
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench import clock, resident                                        # puts the repository's root on the path
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import unet3d
 from data import exits, keep_memory, write_atomic
 from unet3d import UNet3D
 
 G_BYTES = 4 * 716_215_684                        # float32 gradients of the paper's G
+H = dict(dim=56, in_channels=8, heads=4, rounds=1, context_dim=0)
+HELD = [("G 64x64x64", (64, 64, 64), dict(dim=160)), ("H 256x72x72", (256, 72, 72), H), ("H 256x256x256", (256, 256, 256), H)]
 LINKS = {"4 GPUs, PCIe 4": (4, 20e9), "4 GPUs, NVLink": (4, 400e9), "64 GPUs, 400 Gb/s a GPU": (64, 45e9)}     # bytes/s, about what is reached
+
+
+class Ledger(TorchDispatchMode):
+    """Remembers every tensor that an operation made, and can tell how many bytes of them are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.made += [weakref.ref(v) for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+        return out
+
+    def held(self):
+        gc.collect()
+        storages = [v.untyped_storage() for r in self.made if (v := r()) is not None]
+        return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def held_for_backward(shape, batch=1, **net):
+    """Bytes alive between the forward and the backward pass of a network in bf16, weights in bf16 among them; from shapes, in the form of a GPU."""
+    with FakeTensorMode(), mock.patch.object(unet3d, "native_norm", unet3d.split_norm), torch.autocast("cpu", torch.bfloat16):
+        net = UNet3D(**net)
+        x, t, text = torch.randn(batch, net.args["in_channels"], *shape), torch.rand(batch), torch.randn(batch, net.args["tokens"], net.args["context_dim"])
+        with Ledger() as ledger:
+            y = net(x, t, text)                                           # holds the graph
+            return ledger.held() * bool(y.numel())
 
 
 def step_of(net, batch, edge):
     net.train()
-    x, t, context = torch.randn(batch, 4, edge, edge, edge), torch.rand(batch), torch.randn(batch, 192, 768)
+    x, t, context, drop = torch.randn(batch, 4, edge, edge, edge), torch.rand(batch), torch.randn(batch, 192, 768), torch.arange(batch) > 0
 
     def run():
         with torch.autocast("cpu", torch.bfloat16):
-            value = net(x, t, context).square().mean()
+            value = net(x, t, context, drop).square().mean()              # some null text: DDP wants a gradient for every weight
         value.backward()
         for p in net.parameters():
             p.grad = None
@@ -95,6 +133,7 @@ def main(argv=None):
         found = {"edge": [[e, *child("--one", e, 1, 0), *child("--one", e, 1, 1)] for e in args.edges],
                  "batch": [[b, *child("--one", 32, b, 1)] for b in (1, 2, 4, 8)],
                  "processes": [[n, *child("--worker", n=n, OMP_NUM_THREADS="1")] for n in (1, 2, 4)],
+                 "held, GiB": {f"{name} {ck}": held_for_backward(shape, checkpointing=ck, **net) / 2**30 for name, shape, net in HELD for ck in ("none", "norms", "blocks")},
                  "on paper": {name: 2 * (n - 1) / n * G_BYTES / rate for name, (n, rate) in LINKS.items()}}
         for name, rows in found.items():
             print(name, *(f"  {row}" for row in (rows.items() if isinstance(rows, dict) else rows)), sep="\n")

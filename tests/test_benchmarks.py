@@ -11,6 +11,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 import bench
+import growth
 import steps
 from reference import Reference
 from unet3d import UNet3D
@@ -35,6 +36,21 @@ def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsy
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["case"] for r in rows] == ["G_8_step", "H_8_slab"]
     assert all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) and r["peak_mb"] == r["reference_peak_mb"] == 1 and r["tflop"] > 0 for r in rows)
+
+
+def test_checkpointing_holds_less():
+    """Against float32 norms and nothing recomputed: a third, and a seventh."""
+    none, norms, blocks = (growth.held_for_backward((16, 32, 32), dim=16, levels=2, heads=2, in_channels=8, rounds=1, context_dim=0, checkpointing=c)
+                           for c in ("none", "norms", "blocks"))
+    assert norms < none / 3 and blocks < none / 6
+
+
+def test_the_ledger_counts_what_is_alive():
+    with growth.Ledger() as ledger:
+        a, b = torch.zeros(1000), torch.zeros(500)
+        view = a[:10]
+        del b, a
+        assert ledger.held() == 4000 and len(view) == 10
 
 
 def test_memory_is_that_of_a_process_of_its_own():

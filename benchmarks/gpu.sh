@@ -1,0 +1,24 @@
+#!/bin/sh
+# Everything that waits for a GPU, in the order of its worth; about 25 minutes on one H100 or H200. Results go to $OUT (default benchmarks/gpu).
+#     sh benchmarks/gpu.sh
+# It needs torch, transformers, numpy, scipy, safetensors, tqdm, matplotlib and pytest; no NIfTI is read.
+set -u
+cd "$(dirname "$0")/.."
+OUT=${OUT:-benchmarks/gpu}
+mkdir -p "$OUT"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader > "$OUT/device.txt"
+
+# 1. The table: the paper's sizes, ours compiled, beside the plain form in float32 and under autocast; sampling of a whole 256^3 volume.
+timeout 600 python benchmarks/bench.py --device cuda --json > "$OUT/bench.jsonl" 2> "$OUT/bench.log"
+
+# 2. The checks that only a GPU can make.
+timeout 240 python -m pytest -q tests/test_gpu.py > "$OUT/checks.txt" 2>&1
+
+# 3. The small weights, longer: phantoms and their text, then both stages.
+python phantom.py --grid 128 --n 1024 --seed 1000 > "$OUT/data.log" 2>&1
+python phantom.py --reports data/reports.jsonl --n 8192 --seed 1000000 >> "$OUT/data.log" 2>&1
+python text_encoder.py train --scratch --reports data/reports.jsonl --out runs/text --layers 3 --steps 4000 --tokens 128 --dropout 0 > "$OUT/text.log" 2>&1
+python text_encoder.py embed data/train --model runs/text --tokens 128 >> "$OUT/text.log" 2>&1
+timeout 420 python train_low.py --preset demo --batch 16 --micro 16 --steps 20000 --workers 4 > "$OUT/low.log" 2>&1
+timeout 300 python train_sr.py --preset demo --batch 8 --micro 8 --steps 10000 --workers 4 > "$OUT/sr.log" 2>&1
+for f in runs/low/low.safetensors runs/sr/sr.safetensors runs/low/loss.csv; do cp "$f" "$OUT/" || echo "missing: $f" >> "$OUT/device.txt"; done

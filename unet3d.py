@@ -43,7 +43,8 @@ class Pointwise(nn.Linear):
     """Kernel (1,1,1).   (B,C,D,H,W) -> (B,C',D,H,W)"""
 
     def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        x = x.movedim(1, -1)                                             # rows of a matrix: torch then adds the bias in the product
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]).movedim(-1, 1)
 
 
 def moments(x):

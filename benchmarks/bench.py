@@ -5,8 +5,9 @@
     python benchmarks/bench.py --json > bench.jsonl  # one line a case
 
 Every figure is the median of --repeats runs in which all forms take turns, so that a busy machine slows all of them alike; compare the
-ratios. Memory is the peak above the process's own (weights, gradients and activations): torch.cuda's count, or on a CPU the resident set of
-a process that runs this one form once. TFLOP are counted from shapes; the ceiling is a large bf16 matrix product on the same device.
+ratios. Memory is the peak above the process's own (weights, gradients and activations): torch.cuda's count, or on a CPU the resident set,
+for which each form has a process of its own there. Ours keeps freed memory as the scripts do (data.keep_memory), the others as the system
+does by itself; "reference kept" is the reference with our way. TFLOP are counted from shapes; the ceiling is a large bf16 matrix product on the same device.
 """
 import argparse
 import importlib.util
@@ -38,8 +39,9 @@ CASES = {                                                                 # name
     "H_crop_step": ("H", (256, 72, 72), "step", True), "H_64x128x128_forward": ("H", (64, 128, 128), "forward", False),
     "H_128_forward": ("H", (128, 128, 128), "forward", True), "H_256_forward": ("H", (256, 256, 256), "forward", False),
     "H_256_forward_slab": ("H", (256, 256, 256), "slab", False), "H_256_step": ("H", (256, 256, 256), "step", False)}
-FORMS = ["ours", "ours float32", "ours compiled", "ours light", "reference", "reference autocast", "MONAI"]
-UNFIT = {"H_256_step": ["reference", "reference autocast"]}               # 269 GiB
+FORMS = ["ours", "ours float32", "ours compiled", "ours light", "reference", "reference kept", "reference autocast", "MONAI"]
+UNFIT = {"H_256_step": ["reference", "reference kept", "reference autocast"],               # 269 GiB
+         "H_crop_step": ["ours light"]}                                   # its sizes are multiples of 16
 
 
 def network(stage, form, width, device, heavy=False):
@@ -106,19 +108,43 @@ def resident():
     return [int(fields[k].split()[0]) / 1000 for k in ("VmRSS", "VmHWM")]
 
 
-def peak_mb(case, form, width, device):
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        run = job(case, form, width, device)
-        run()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    child = subprocess.run([sys.executable, __file__, "--peak-of", case, form, str(width)], capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(f"{case}, {form}: the process that measures memory failed: {child.stderr.strip().splitlines()[-1:]}")
-    return float(child.stdout.splitlines()[-1])
+def on_gpu(case, form, width):
+    """-> a function that runs the case once and gives its seconds, its peak MB"""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    run = job(case, form, width, "cuda")
+    run()                                                                 # compiles, chooses algorithms, fills caches
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return lambda: clock(run, "cuda"), (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def on_cpu(case, form, width):
+    """The same, in a process of its own (`serve`) that runs the case whenever it is sent a line."""
+    child = subprocess.Popen([sys.executable, __file__, "--serve", case, form, str(width)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer():
+        line = child.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{case}, {form}: its process ended; the reason stands above")
+        return float(line)
+
+    def run():
+        child.stdin.write("again\n")
+        child.stdin.flush()
+        return answer()
+    return run, answer()
+
+
+def serve(case, form, width):
+    if form.startswith("ours") and CASES[case][2] != "slab" or "kept" in form:
+        keep_memory()
+    before = resident()[0]
+    run = job(case, form, width, "cpu")
+    run()
+    print(resident()[1] - before, flush=True)
+    for _ in sys.stdin:
+        print(clock(run, "cpu"), flush=True)
 
 
 def tflop(case, width):
@@ -144,15 +170,12 @@ def ceiling(device):
 
 def measure(case, forms, width, device, repeats):
     """-> {form: (median seconds, peak MB)}"""
-    peaks = {form: peak_mb(case, form, width, device) for form in forms}
-    runs = {form: job(case, form, width, device) for form in forms}
-    for run in runs.values():
-        run()                                                             # compiles, chooses algorithms, fills caches
+    ready = {form: (on_gpu if device == "cuda" else on_cpu)(case, form, width) for form in forms}
     seconds = {form: [] for form in forms}
     for _ in range(repeats):
-        for form, run in runs.items():
-            seconds[form].append(clock(run, device))
-    return {form: (statistics.median(seconds[form]), peaks[form]) for form in forms}
+        for form, (run, _) in ready.items():
+            seconds[form].append(run())
+    return {form: (statistics.median(seconds[form]), peak) for form, (_, peak) in ready.items()}     # and the processes end with their pipes
 
 
 # --- what is not a network call ---
@@ -236,7 +259,7 @@ def bench(args):
     device = args.device
     top = ceiling(device)
     name = torch.cuda.get_device_name() if device == "cuda" else next((line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU").strip()
-    forms = [f for f in FORMS if f in args.forms and not (f == "ours compiled" and device == "cuda")]
+    forms = [f for f in FORMS if f in args.forms and not (f in ("ours compiled", "reference kept") and device == "cuda")]
     if importlib.util.find_spec("monai") is None:
         forms = [f for f in forms if f != "MONAI"]
     widths = dict(zip("GH", WIDTHS[device]))
@@ -275,19 +298,14 @@ def main(argv=None):
     p.add_argument("--repeats", type=int, default=5, help="runs of each form, interleaved")
     p.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join(CASES)}, sampling_50_20, sampling_dpm_20_10, text_encoder, loader")
     p.add_argument("--forms", nargs="+", choices=FORMS, help="which forms run beside `ours` (default all; --quick: float32 and the reference)")
-    p.add_argument("--peak-of", nargs=3, metavar=("CASE", "FORM", "WIDTH"), help=argparse.SUPPRESS)
+    p.add_argument("--serve", nargs=3, metavar=("CASE", "FORM", "WIDTH"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     with exits():
-        if not args.peak_of or CASES[args.peak_of[0]][2] != "slab":
-            keep_memory()                                                 # for all forms alike, as the scripts do
-        if args.peak_of:
-            case, form, width = args.peak_of
-            before = resident()[0]
-            job(case, form, int(width), "cpu")()
-            print(resident()[1] - before)
-            return
+        if args.serve:
+            return serve(*args.serve[:2], int(args.serve[2]))
         if args.repeats < 1:
             raise ValueError(f"--repeats {args.repeats}; at least 1 is needed; 5 is usual")
+        keep_memory()
         args.forms = ["ours", *(args.forms or (["ours float32", "reference"] if args.quick else FORMS[1:]))]
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))   # the processes that measure memory do as this one
         bench(args)

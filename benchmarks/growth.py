@@ -38,19 +38,21 @@ LINKS = {"4 GPUs, PCIe 4": (4, 20e9), "4 GPUs, NVLink": (4, 400e9), "64 GPUs, 40
 
 
 class Ledger(TorchDispatchMode):
-    """Remembers every tensor that an operation made, and can tell how many bytes of them are still alive."""
+    """Remembers every tensor that an operation made, and can tell how many bytes of them are still alive; `peak` if it watches each operation."""
 
-    def __init__(self):
+    def __init__(self, watch=False):
         super().__init__()
-        self.made = []
+        self.made, self.watch, self.peak = [], watch, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.made += [weakref.ref(v) for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+        if self.watch:
+            self.peak = max(self.peak, self.held())
         return out
 
     def held(self):
-        gc.collect()
+        self.made = [r for r in self.made if r() is not None]
         storages = [v.untyped_storage() for r in self.made if (v := r()) is not None]
         return sum({s._cdata: s.nbytes() for s in storages}.values())
 
@@ -62,7 +64,20 @@ def held_for_backward(shape, batch=1, **net):
         x, t, text = torch.randn(batch, net.args["in_channels"], *shape), torch.rand(batch), torch.randn(batch, net.args["tokens"], net.args["context_dim"])
         with Ledger() as ledger:
             y = net(x, t, text)                                           # holds the graph
+            gc.collect()
             return ledger.held() * bool(y.numel())
+
+
+def peak_of_inference(shape, slab, **net):
+    """Most bytes alive during one network call in bf16, its input and the bf16 copy of its weights included; from shapes. The float32 between the two ends of
+    a norm, which compiled code keeps in registers, does not count: the norm is the native one here."""
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        net = UNet3D(**net).eval()
+        net.slab = slab
+        with Ledger(watch=True) as ledger:
+            x = torch.randn(1, net.args["in_channels"], *shape)
+            net(x, torch.rand(1), torch.randn(1, net.args["tokens"], net.args["context_dim"]))
+            return ledger.peak
 
 
 def step_of(net, batch, edge):
@@ -134,6 +149,7 @@ def main(argv=None):
                  "batch": [[b, *child("--one", 32, b, 1)] for b in (1, 2, 4, 8)],
                  "processes": [[n, *child("--worker", n=n, OMP_NUM_THREADS="1")] for n in (1, 2, 4)],
                  "held, GiB": {f"{name} {ck}": held_for_backward(shape, checkpointing=ck, **net) / 2**30 for name, shape, net in HELD for ck in ("none", "norms", "blocks")},
+                 "inference, GB": {f"H 256x256x256, {'slabs of 16' if slab else 'whole'}": peak_of_inference((256,) * 3, slab, **H) / 1e9 for slab in (0, 16)},
                  "on paper": {name: 2 * (n - 1) / n * G_BYTES / rate for name, (n, rate) in LINKS.items()}}
         for name, rows in found.items():
             print(name, *(f"  {row}" for row in (rows.items() if isinstance(rows, dict) else rows)), sep="\n")

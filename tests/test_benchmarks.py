@@ -1,7 +1,7 @@
 """The bar is the same network, and the table says what it must."""
 import json
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsy
     assert {"G_64_forward", "G_64_step", "H_crop_step", "H_128_forward"} <= {name for name, case in bench.CASES.items() if case[3]}
     monkeypatch.setattr(bench, "CASES", {"G_8_step": ("G", (8, 8, 8), "step", True), "H_8_slab": ("H", (8, 8, 8), "slab", True)})
     monkeypatch.setattr(bench, "WIDTHS", {"cpu": (8, 8)})
-    monkeypatch.setattr(bench, "peak_mb", lambda *_: 1.0)
+    monkeypatch.setattr(bench, "on_cpu", lambda case, form, width: (partial(bench.clock, bench.job(case, form, width, "cpu"), "cpu"), 1.0))
     bench.main(["--quick", "--json", "--repeats", "2", "--device", "cpu"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["case"] for r in rows] == ["G_8_step", "H_8_slab"]
@@ -45,6 +45,11 @@ def test_checkpointing_holds_less():
     assert norms < none / 3 and blocks < none / 6
 
 
+def test_slabs_hold_less():
+    whole, slabs = (growth.peak_of_inference((128, 128, 128), slab, dim=16, in_channels=8, heads=2, rounds=1, context_dim=0, levels=3) for slab in (0, 4))
+    assert slabs < 0.8 * whole
+
+
 def test_the_ledger_counts_what_is_alive():
     with growth.Ledger() as ledger:
         a, b = torch.zeros(1000), torch.zeros(500)
@@ -54,8 +59,10 @@ def test_the_ledger_counts_what_is_alive():
 
 
 def test_memory_is_that_of_a_process_of_its_own():
-    done = subprocess.run([sys.executable, str(FOLDER / "bench.py"), "--peak-of", "G_32_forward", "ours", "8"], capture_output=True, text=True)
-    assert done.returncode == 0 and 5 < float(done.stdout) < 2000, done.stderr
+    run, peak = bench.on_cpu("G_32_forward", "ours", 8)
+    assert 5 < peak < 2000 and 0 < run() < 60
+    with pytest.raises(RuntimeError, match="its process ended"):
+        bench.on_cpu("no such case", "ours", 8)
 
 
 def test_the_distance_from_the_limit_is_nothing_at_the_limit():

@@ -168,7 +168,7 @@ def draw(path, found):
     a.loglog(e, forward, "o-", label="forward, s"), a.loglog(e, step, "s-", label="training step, s")
     a.loglog(e, [m / 1000 for m in forward_mb], "o:", label="forward, GB"), a.loglog(e, [m / 1000 for m in step_mb], "s:", label="training step, GB")
     a.loglog(e, [step[0] * (v / e[0]) ** 3 for v in e], "k--", lw=0.8, label="edge^3")
-    a.set_xticks(e, e)
+    a.minorticks_off(), a.set_xticks(e, e)
     a.set(title="G, width 16, batch 1", xlabel="edge of the volume, voxels")
     n, s, _ = zip(*found["batch"])
     b.plot(n, [v / k for v, k in zip(s, n)], "o-")

@@ -58,13 +58,14 @@ def main(argv=None):
         grid = about["grid"]
         encoder = text_encoder.load(Path(args.model) / "text", tokens=low.args["tokens"])
         cases = {seed: phantom.make(seed, SCALE * grid, "held-out") for seed in range(90_000, 90_000 + args.n)}
+        texts = dict(zip(cases, encoder.encode([case["report"] for case in cases.values()])[0].split(1)))
 
         def noise(seed, *shape):
             return torch.randn(1, len(CHANNELS), *shape, generator=torch.Generator().manual_seed(seed))
 
         def stage_1(seed, steps, order):
             with torch.autocast("cpu", torch.bfloat16):
-                return ddim_sample(low.eval(), noise(seed, grid, grid, grid), times(steps), encoder.encode([cases[seed]["report"]])[0], args.guidance, order=order)
+                return ddim_sample(low.eval(), noise(seed, grid, grid, grid), times(steps), texts[seed], args.guidance, order=order)
 
         def stage_2(seed, steps, order):
             half = np.stack([encode(c, cases[seed][c][:SCALE * grid // 2]) for c in CHANNELS])
@@ -93,7 +94,7 @@ def draw(path, result):
             line, = ax.plot(n, rms, "o-", label=f"{solver}, RMS")
             ax.plot(n, airway, "x:", color=line.get_color(), label=f"{solver}, 1 - Dice of the airway")
         ax.set(xscale="log", yscale="log", title=stage, xlabel="network evaluations (doubled by guidance)", ylabel="distance from the limit")
-        ax.set_xticks(n, n)
+        ax.minorticks_off(), ax.set_xticks(n, n)
         ax.legend(fontsize=7)
     fig.tight_layout()
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100))

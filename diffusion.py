@@ -75,9 +75,12 @@ def second_order(x0_hat, x0_before, u, t, s):
     return x0_hat + ratio.to(x0_hat.dtype) * (x0_hat - x0_before)
 
 
-def times(n):
-    """n descending times from 1, one network evaluation each: 1, 1 - 1/n, ..., 1/n.   -> (n,)"""
-    return 1 - torch.arange(n) / n
+def times(n, power=1):
+    """n descending times from 1, one network evaluation each: (1, 1 - 1/n, ..., 1/n)^power.   -> (n,)
+
+    power 1: the paper's. power 2: denser near data; with it DPM-Solver++ in 10 steps is nearer to the limit of many than DDIM in 50.
+    """
+    return (1 - torch.arange(n) / n) ** power
 
 
 def guided(net, seen, t, context, guidance):

@@ -114,7 +114,8 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
 
     All noise comes from one CPU generator of the seed, so it does not depend on the device.
     """
-    device, options = torch.device(args.device), dict(order=2 if args.solver == "dpm" else 1, fixed=fixed)
+    device, order = torch.device(args.device), 2 if args.solver == "dpm" else 1
+    options = dict(order=order, fixed=fixed)
     generator = torch.Generator().manual_seed(seed)
 
     def noise(n):
@@ -125,12 +126,12 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
 
     known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, interval=args.guidance_interval,
+        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps, order), text, args.guidance, known_low, interval=args.guidance_interval,
                         progress=bar("low resolution"), **options)
         if args.slab:
             low_net.cpu()                                                # its weights would take the memory that is to be saved
         if sr_net is not None:
-            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps), known=known, low=upsample(x), progress=bar("super-resolution"), **options)
+            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, low=upsample(x), progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
     return x[0].float().cpu()

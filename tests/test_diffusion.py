@@ -40,6 +40,7 @@ def test_whole_samplings_are_the_originals(z, name, network, guidance, fixed):
 
 def test_times_are_n_and_descend_from_one():
     assert times(50).tolist() == pytest.approx([1 - i / 50 for i in range(50)])
+    assert times(4, 2).tolist() == pytest.approx([1, 9 / 16, 1 / 4, 1 / 16])
 
 
 # --- closed forms, in float64 ---

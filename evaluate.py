@@ -330,16 +330,25 @@ def fid(args):
 
 # --- the measurers themselves, on phantoms whose truth is known ---
 
+def measure_phantom(ct, lobe):
+    """All measurements of a phantom, or of a sample of a network trained on phantoms.   ct: HU, lobe: labels, (G,G,G) of the model's frame   -> {name: number}"""
+    import phantom
+    A = grid_affine(len(ct))[:, [2, 1, 0, 3]]                            # index (w,h,d) -> world
+    ct, lobe, found = ct.transpose(2, 1, 0), lobe.transpose(2, 1, 0), phantom.segment(ct, lobe, [f / len(ct) for f in FOV])
+    found = {k: v.transpose(2, 1, 0) for k, v in found.items()}
+    right, left = np.split(found["effusion"], 2)                         # W grows towards the patient's left
+    return dict(airway=volume_mm3(found["airway"], A), effusion=volume_mm3(found["effusion"], A) / 1000, laa=laa950(ct, lobe, found["airway"]),
+                ctr=ctr(found["heart"], found["thorax"], A) if found["heart"].any() else 0.0,
+                left=volume_mm3(left, A) / 1000, right=volume_mm3(right, A) / 1000)
+
+
 def phantoms(args):
     """Fresh phantoms, segmented by thresholds and measured, against the numbers they were drawn with: Pearson's r and mean error."""
     import phantom
-    A = grid_affine(args.grid)[:, [2, 1, 0, 3]]                          # index (w,h,d) -> world
     rows, truth = [], {name: [] for name in UNITS}
     for seed in tqdm(range(args.seed, args.seed + args.n), leave=False):
         case = phantom.make(seed, args.grid, "held-out")
-        found = {k: v.transpose(2, 1, 0) for k, v in phantom.segment(case["ct"], case["lobe"], [f / args.grid for f in FOV]).items()}
-        got = dict(airway=volume_mm3(found["airway"], A), effusion=volume_mm3(found["effusion"], A) / 1000, ctr=ctr(found["heart"], found["thorax"], A),
-                   laa=laa950(case["ct"].transpose(2, 1, 0), case["lobe"].transpose(2, 1, 0), found["airway"]))
+        got = measure_phantom(case["ct"], case["lobe"])
         for name, key in (("airway", "airway_mm3"), ("effusion", "effusion_ml"), ("laa", "laa950_percent"), ("ctr", "ctr")):
             truth[name].append((case["truth"][key], got[name]))
             rows.append(dict(folder="phantoms", case=seed, measure=name, value=got[name], unit=UNITS[name]))

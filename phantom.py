@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,51 +26,67 @@ HU = dict(air=-1000, fat=-100, skin=20, muscle=55, marrow=320, cortex=520, disc=
           lung=-860, wall=-20, lumen=-995, bulla=-992, nodule=40, fissure=-640)
 NOISE_HU = 9.0                                  # so low that a normal lung stays above -950 HU
 
-# Report sentences: wording -> topic -> templates, [this|that] a choice. A topic starting with "!" is the Impression's line. The two wordings share
-# no sentence, but a word of the held-out one is in some sentence of the other: a text model cannot know a word that it never read.
+# Report sentences: wording -> topic -> templates, [this|that] a choice, @name a choice of TERMS. A topic starting with "!" is the Impression's line. The
+# wordings share no sentence, but a word of the held-out one is in some sentence of the other: a text model cannot know a word that it never read.
+TERMS = {"see": "There is|Note is made of|One sees|We see|The scan shows|Images show", "see_many": "There are|Note is made of|One sees|We see|The scan shows",
+         "seen": "seen|present|noted|identified|found|visible", "shows": "shows|contains|holds|has",
+         "fluid": "pleural effusion|effusion|pleural fluid collection|collection of pleural fluid", "liquid": "fluid|pleural fluid|dependent fluid|free fluid",
+         "on_side": "on the {side}|on the {side} side|in the {side} pleural space|within the {side} pleural cavity|in the {side} hemithorax|within the {side} hemithorax|in the {side} chest",
+         "spaces": "pleural spaces|pleural cavities|hemithoraces|sides", "amount": "in amount|in size|in extent|in volume",
+         "big": "enlarged|markedly enlarged|clearly enlarged|increased in size|bigger than normal|too large", "heart": "heart|cardiac silhouette|cardiac shadow",
+         "normal": "normal|normal in size|of normal size|not increased|within normal limits|unremarkable", "enlargement": "cardiomegaly|cardiac enlargement|enlargement of the heart|increased heart size",
+         "bulla": "bullae|bullous changes|thin-walled air spaces|air-filled spaces|cystic air spaces|air cysts", "many": "Multiple|Several|Large|Numerous|Many large",
+         "upper": "in the upper lobes|in both upper lobes|in the upper lungs|in both apices|in the lung apices|of the upper lobes", "bullous": "Bullous emphysema|Bullous disease|Bullous lung disease|Emphysema with bullae",
+         "dense": "consolidation|airspace consolidation|dense consolidation|airspace disease|an infiltrate|a pneumonic infiltrate|an airspace opacity|dense opacification",
+         "bronchi": "|, with air bronchograms|, with open bronchi|, with bronchi open inside", "round": "nodule|lesion|round lesion|solid nodule|round nodule"}
 SENTENCES = {
     "train": {
-        "effusion": ["[There is|Note is made of|One sees] a {size} {side} [pleural effusion|pleural fluid collection|effusion].",
-                     "A {size} [pleural effusion|effusion|fluid collection] is [present|noted|seen] [on the {side}|in the {side} pleural space|in the {side} hemithorax].",
-                     "{Size} {side} [pleural effusion|effusion] [layering posteriorly|in dependent position].",
-                     "{Size} [amount|volume] of [pleural|dependent] fluid [on the {side}|in the {side} pleural cavity].",
-                     "The {side} [pleural space|pleural cavity] holds [a {size} effusion|fluid, {size} in amount]."],
-        "effusion both": ["[There are|Note is made of] {size} [bilateral pleural effusions|effusions in both pleural spaces|fluid collections on both sides].",
-                          "[Bilateral pleural effusions|Effusions of both pleural cavities] are [present|noted], {size} [in total|overall].",
-                          "{Size} [pleural effusions|amounts of pleural fluid] on both sides[|, layering posteriorly].",
-                          "Both [hemithoraces contain|the right and the left hemithorax hold] {size} effusions."],
-        "no effusion": ["No pleural [effusion|fluid] [is seen|is present|on either side].", "There is no [evidence of pleural effusion|pleural fluid|fluid] on either side.",
-                        "Both [costophrenic angles|pleural spaces|pleural cavities] are [free of fluid|dry].", "No [pleural|] effusion.",
-                        "Neither [hemithorax|pleural space|pleural cavity] [contains|holds] [fluid|an effusion]."],
-        "cardiomegaly": ["The [heart|cardiac silhouette] is [|markedly |clearly ]enlarged.", "There is [cardiomegaly|cardiac enlargement] with a cardiothoracic ratio of {ctr:.2f}.",
-                         "[Cardiomegaly|Enlargement of the heart|Increased heart size] is [present|noted].",
-                         "[Cardiac|Heart] size is increased[|, {ctr:.0%} of the thoracic width]."],
-        "no cardiomegaly": ["The heart is [normal in size|of normal size].", "[Heart|Cardiac] size is [within normal limits|normal|not increased|unremarkable].",
-                            "No [cardiomegaly|cardiac enlargement|enlargement of the heart].", "The cardiothoracic ratio is normal at {ctr:.2f}.",
-                            "Cardiac [silhouette|dimensions] [within normal limits|not enlarged]."],
-        "bullae": ["[Multiple|Several|Large] thin-walled [bullae|air-filled spaces] are [seen|noted], [mainly|predominantly] in the upper [lobes|lungs].",
-                   "There are [bullous changes|bullae with thin walls|large bullae] in both [upper lobes|apices].", "[Several|Large] subpleural bullae are present in the upper [lobes|lungs].",
-                   "[Bullous emphysema|Bullous disease] of [both upper lobes|the upper lobes|apical predominance]."],
-        "no bullae": ["No [bullae|air-filled spaces|bullous changes] are [seen|identified].", "There [is no|are no signs of] [emphysema or bullous change|bullous emphysema|bullous disease].",
-                      "No evidence of [bullae|cystic air spaces|bullous disease] in either lung.", "The lungs are free of [bullae|cystic air spaces|emphysema]."],
-        "consolidation": ["There is [consolidation|dense opacification|an airspace opacity] in the {lobe} with [air bronchograms|open bronchi].",
-                          "[Patchy|Dense] [consolidation|airspace opacification] of the {lobe}.", "The {lobe} shows [airspace consolidation|dense consolidation|a pneumonic infiltrate].",
-                          "Much of the {lobe} is [consolidated|opacified|occupied by consolidation]."],
-        "no consolidation": ["No [consolidation|infiltrate|airspace opacity] is [seen|identified].", "The lungs are [clear of consolidation|well aerated|free of infiltrates].",
-                             "There is no [focal airspace opacity|pneumonic infiltrate|pneumonic consolidation]."],
-        "nodule": ["There is a [|solitary |round ]{mm} mm [nodule|lesion] in the {lobe}.", "A [solid|round] [nodule|lesion] of {mm} mm is [present|noted] in the {lobe}.",
-                   "[Single|Solitary] pulmonary [nodule|lesion] in the {lobe}, [|measuring ]{mm} mm."],
-        "nodules": ["There are {count} [pulmonary|scattered] [nodules|lesions], the [largest|biggest] {mm} mm in the {lobe}.",
-                    "{Count} [solid|round] [nodules|lesions] are [present|seen in the lungs], up to {mm} mm, the largest in the {lobe}."],
-        "no nodules": ["No [pulmonary nodules|nodular lesions].", "No [suspicious pulmonary nodule|round lesion] is [seen|identified].",
-                       "There is no [nodule or mass|round lesion|nodule] in the lungs.", "The lungs show no [nodule|mass]."],
+        "effusion": ["@see a {size} {side} @fluid.", "A {size} {side} @fluid is @seen.", "A {size} @fluid is @seen @on_side.", "@see {size} @liquid @on_side.",
+                     "{Size} {side} @fluid[|, layering posteriorly|, in dependent position].", "{Size} [effusion|pleural effusion|collection of fluid] @on_side.",
+                     "{Size} [amount|volume] of @liquid @on_side.", "[Pleural fluid|Fluid|Free fluid|An effusion], {size} @amount, [|is @seen ]@on_side.",
+                     "The {side} [pleural space|pleural cavity|side|chest] @shows [a {size} effusion|fluid, {size} @amount|{size} pleural fluid|a {size} fluid collection].",
+                     "The {side} hemithorax [holds|shows|has] [a {size} effusion|{size} pleural fluid|a {size} collection].", "On the {side}[| side], @liquid is @seen, {size} @amount.",
+                     "On the {side}[| side] there is a {size} @fluid.", "The {side} lung is [compressed|displaced] by a {size} [effusion|collection of fluid]."],
+        "effusion both": ["@see_many {size} [bilateral pleural effusions|bilateral effusions|effusions in both @spaces|fluid collections on both sides].", "Bilateral [pleural effusions|effusions|pleural fluid], {size}[| in total| overall].",
+                          "[Bilateral pleural effusions|Effusions of both @spaces|Effusions on both sides] are @seen, {size} [in total|overall|@amount].", "Effusions in both @spaces, {size}[| overall| @amount].",
+                          "{Size} [pleural effusions|effusions|amounts of pleural fluid] [on both sides|in both @spaces][|, layering posteriorly].", "Both @spaces [contain|hold|show] [{size} effusions|fluid, {size} overall|{size} @liquid].",
+                          "The [left and right|right and left] [pleural spaces|pleural cavities|sides] [each|both] [contain|hold|show] [{size} effusions|fluid, {size} overall|fluid, {size} in total].",
+                          "@liquid, {size}, is @seen on [both sides|the left and on the right|the right and on the left]."],
+        "no effusion": ["No @fluid[| is @seen| on either side| in either hemithorax].", "There is no [evidence of |]@fluid[| on either side].", "No @liquid [|is @seen ][on either side|in the pleural spaces|in either pleural cavity].",
+                        "Both [costophrenic angles|@spaces] are [free of fluid|dry|clear].", "The [pleural spaces|pleural cavities|costophrenic angles] are [clear|free of fluid|free of effusion].",
+                        "The [costophrenic angles|hemithoraces] are dry.", "Neither [hemithorax|pleural space|pleural cavity|lung base] @shows [fluid|an effusion|pleural fluid].", "Neither side [contains|holds] [fluid|an effusion].",
+                        "The [pleural spaces|hemithoraces] [show|hold] no [effusion|fluid|pleural fluid].", "The @spaces contain no [effusion|pleural effusion].", "[Pleural spaces|Pleural cavities] without [fluid|effusion].",
+                        "[Pleural effusion|Pleural fluid|An effusion] is [absent|not seen|not present]."],
+        "cardiomegaly": ["The @heart is @big.", "@see @enlargement[|, with a cardiothoracic ratio of {ctr:.2f}].", "@enlargement is [seen|present|found].", "Cardiomegaly is noted.",
+                         "[Cardiac|Heart] size is increased[|, {ctr:.0%} of the thoracic width].", "The heart [occupies|takes up|measures] {ctr:.0%} of the thoracic width[| and is enlarged].",
+                         "The [size of the heart|cardiothoracic ratio|cardiac size] is increased[|, to {ctr:.2f}].", "[Enlarged|Markedly enlarged|Large] [heart|cardiac silhouette]."],
+        "no cardiomegaly": ["The @heart is @normal.", "[Heart|Cardiac] size is @normal.", "No @enlargement.", "There is no @enlargement.", "The cardiothoracic ratio is normal[|, {ctr:.2f}| at {ctr:.2f}].",
+                            "Cardiac [silhouette|dimensions|size] [within normal limits|not enlarged|not increased].", "Normal [heart size|cardiac dimensions|size of the heart].", "The cardiac [silhouette|shadow] is not enlarged.",
+                            "Cardiac dimensions are [normal|not increased].", "@enlargement is [absent|not seen]."],
+        "bullae": ["@many [thin-walled|] @bulla are @seen @upper.", "@see_many [large|several|multiple] @bulla @upper.", "@many [subpleural|] @bulla [|are @seen ]@upper[|, with thin walls].", "@bullous @upper.",
+                   "@bullous of [the upper lobes|both upper lungs|apical predominance].", "@bullous is @seen, [mainly|predominantly|mostly] @upper.", "Parts of the [upper lobes|upper lungs|apices] are [replaced|taken up] by [large|] @bulla.",
+                   "The [upper lobes|upper lungs|apices] [show|contain] [large|several|many] @bulla[|, with thin walls]."],
+        "no bullae": ["No @bulla[| are seen| are found| are present| in either lung].", "There [is no|are no signs of|is no evidence of] [emphysema|bullous change|bullous emphysema|bullous disease].", "No [evidence|sign] of [@bulla|bullous disease][| in either lung].",
+                      "The [lungs|upper lobes|apices] are free of [@bulla|emphysema].", "The lungs [show|contain] no [@bulla|emphysema|bullous disease].", "The lung parenchyma is [free of emphysema|free of bullae|normal, without bullae].",
+                      "[Bullous emphysema|Bullous disease] is [absent|not seen]."],
+        "consolidation": ["@see @dense in the {lobe}@bronchi.", "[Patchy|Dense] [consolidation|airspace opacification|opacification] of the {lobe}.", "The {lobe} shows @dense@bronchi.", "In the {lobe} there is @dense.",
+                          "Much of the {lobe} is [consolidated|opacified|occupied by consolidation].", "The {lobe} is [largely |partly |]consolidated@bronchi.", "@dense is @seen in the {lobe}.", "An infiltrate [occupies|fills] much of the {lobe}."],
+        "no consolidation": ["No [consolidation|infiltrate|airspace opacity|airspace disease][| is @seen].", "The lungs are [clear|clear of consolidation|well aerated|free of infiltrates].", "Both lungs are [clear|well aerated throughout|aerated throughout].",
+                             "There is no [focal airspace opacity|pneumonic infiltrate|pneumonic consolidation|consolidation].", "No lobe is [consolidated|opacified]."],
+        "nodule": ["@see a {mm} mm @round in the {lobe}.", "@see a [solitary|single] {mm} mm @round in the {lobe}.", "A @round of {mm} mm is @seen in the {lobe}.", "[Single|Solitary] [pulmonary |]@round in the {lobe}, [|measuring ]{mm} mm.",
+                   "The {lobe} [shows|contains] a {mm} mm @round.", "In the {lobe} there is a [solitary |]@round of {mm} mm.", "A @round lies in the {lobe}, measuring {mm} mm."],
+        "nodules": ["@see_many {count} [pulmonary|scattered|lung] [nodules|lesions], the [largest|biggest] {mm} mm in the {lobe}.", "{Count} [solid|round] [nodules|lesions] are [@seen|seen in the lungs], up to {mm} mm, the largest in the {lobe}.",
+                    "{Count} [nodules|lesions] [are scattered in|lie in] the lungs; the largest, of {mm} mm, in the {lobe}."],
+        "no nodules": ["No [pulmonary nodules|lung nodules|nodular lesions|nodule|round lesions].", "No [suspicious pulmonary nodule|round lesion|nodule] is [seen|found].", "There is no [nodule or mass|round lesion|nodule|nodular lesion] in the lungs.",
+                       "The lungs [show|contain] no [nodule|mass|round lesion].", "Neither lung [shows|contains] [a nodule|a round lesion]."],
         "normal": ["The trachea and [main bronchi|central airways] are [patent|open].", "The [|thoracic ]aorta is of normal calibre.", "No [enlarged mediastinal lymph nodes|lymph node enlargement].",
                    "No acute bony abnormality.", "The pulmonary arteries are well opacified.", "The upper abdomen is unremarkable."],
-        "!effusion": ["{Size} {side} [pleural|] effusion.", "[Effusion|Fluid] on the {side}, {size}."], "!effusion both": ["{Size} bilateral [pleural|] effusions.", "Fluid on both sides, {size}."],
-        "!cardiomegaly": ["Cardiomegaly.", "[Enlarged heart|Cardiac enlargement]."], "!bullae": ["Bullous [emphysema|lungs].", "Upper lobe bullae."],
-        "!consolidation": ["[Consolidation|Airspace disease] of the {lobe}.", "{Lobe} pneumonia."],
-        "!nodule": ["[Pulmonary|Solitary] nodule in the {lobe}."], "!nodules": ["{Count} [pulmonary|lung] nodules."],
-        "!normal": ["Normal [chest CT|chest].", "No [acute |]cardiopulmonary abnormality.", "Unremarkable examination of the chest."]},
+        "!effusion": ["{Size} {side} [pleural|] effusion.", "[Effusion|Fluid|Free fluid] on the {side}, {size}.", "{Size} @liquid @on_side.", "Fluid in the {side} [pleural space|pleural cavity|hemithorax], {size}."],
+        "!effusion both": ["{Size} bilateral [pleural|] effusions.", "[Fluid|Effusions] on both sides, {size}.", "{Size} fluid [on both sides|in both @spaces]."],
+        "!cardiomegaly": ["Cardiomegaly.", "[Enlarged heart|Cardiac enlargement|Heart size increased|Enlargement of the heart]."], "!bullae": ["@bullous @upper.", "Bullous [emphysema|lungs].", "Upper lobe bullae."],
+        "!consolidation": ["[Consolidation|Airspace disease] of the {lobe}.", "{Lobe} [pneumonia|consolidation|airspace disease].", "Infiltrate, {lobe}."],
+        "!nodule": ["[Pulmonary|Solitary] nodule in the {lobe}.", "Nodule, {lobe}.", "Solitary [pulmonary |]@round of the {lobe}."], "!nodules": ["{Count} [pulmonary|lung] nodules.", "[Lung|Pulmonary] nodules, {count}."],
+        "!normal": ["Normal [chest CT|chest].", "No [acute |]cardiopulmonary abnormality.", "Unremarkable examination of the chest.", "No [finding|abnormal finding] in the chest."]},
     "held-out": {
         "effusion": ["{Size} fluid collection within the {side} pleural space.", "The {side} hemithorax contains a {size} effusion.",
                      "Dependent fluid, {size} in volume, is noted in the {side} pleural cavity."],
@@ -416,11 +433,10 @@ def make(seed, grid=128, wording="train", **conditions):
 
     masks = {"heart": heart, "thorax": chest | heart, "effusion": fluid}
     truth = {"seed": int(seed), "grid": int(grid), "wording": wording, **found, **measure(ct, lobe, airway, masks, voxel_ml),
-             "nodule_mm": [float(2 * r) for _, _, r, _ in nodules]}
-    names = {v: k for k, v in LOBES.items()}
-    first = names[int(lobe_labels(a, *nodules[0][0]))] if nodules else None
+             "nodule_mm": [float(2 * r) for _, _, r, _ in nodules],
+             "nodule_lobe": list(LOBES)[int(lobe_labels(a, *nodules[0][0])) - 1] if nodules else None}     # of the largest
     return {"ct": ct, "lobe": lobe, "airway": airway.astype(np.uint8), "vessel": vessel.astype(np.uint8),
-            "report": write_report(text_rng, truth, wording, first), "truth": truth, "masks": masks}
+            "report": write_report(text_rng, truth, wording), "truth": truth, "masks": masks}
 
 
 def measure(ct, lobe, airway, masks, voxel_ml):
@@ -444,8 +460,13 @@ def edge_of(shape):
 
 def segment(ct, lobe, voxel):
     """Threshold segmenters, for phantoms and for samples of networks trained on them; on patients they mean nothing.
-    ct: HU (D,H,W), lobe: labels (D,H,W), voxel: mm (3,). Returns bool masks {airway, effusion, heart, thorax}."""
+    ct: HU (D,H,W), lobe: labels (D,H,W), voxel: mm (3,). Returns bool masks {airway, effusion, heart, thorax}.
+    The thresholds go with voxels of 1 to 3 mm; coarser ones are cut into such first. Airways of that size then count for little."""
     from scipy import ndimage
+    k = max(1, round(max(voxel) / 2.5))
+    if k > 1:
+        fine = segment(*(a.repeat(k, 0).repeat(k, 1).repeat(k, 2) for a in (ct, lobe)), np.asarray(voxel) / k)
+        return {name: mask[k // 2::k, k // 2::k, k // 2::k] for name, mask in fine.items()}
     ball = lambda mm: sum((np.arange(-int(mm / v), int(mm / v) + 1).reshape(np.roll((-1, 1, 1), i)) * v) ** 2 for i, v in enumerate(voxel)) <= mm ** 2
     smooth = ndimage.uniform_filter(ct.astype(np.float32), 3)
     lung = lobe > 0
@@ -473,16 +494,18 @@ def segment(ct, lobe, voxel):
 
 
 def choose(rng, template):
-    """One of the sentences that a template's [this|that] stand for."""
-    return re.sub(r"\[(.*?)\]", lambda m: str(rng.choice(m[1].split("|"))), template)
+    """One of the sentences that a template's [this|that] and @names stand for."""
+    pick = lambda m: str(rng.choice(m[1].split("|")))
+    text = re.sub(r"@(\w+)", lambda m: str(rng.choice(TERMS[m[1]].split("|"))), re.sub(r"\[(.*?)\]", pick, template))
+    return text[:1].upper() + text[1:]                                     # a sentence may begin with a term
 
 
-def write_report(rng, truth, wording, nodule_lobe=None):
+def write_report(rng, truth, wording):
     """"Findings: ...\nImpression: ..." for the truth of a case, under 150 words; sentences and their order vary with rng.
     As in a clinic, what is there is always said and what is not there only mostly (85 % each)."""
     count, said = len(truth["nodule_mm"]), SENTENCES[wording]
     number = ("no", "one", "two", "three", "four")[count]
-    lobe = {"consolidation": LOBE_WORDS.get(truth["consolidation"], ""), "nodule": LOBE_WORDS.get(nodule_lobe, "")}
+    lobe = {"consolidation": LOBE_WORDS.get(truth["consolidation"], ""), "nodule": LOBE_WORDS.get(truth["nodule_lobe"], "")}
     topics = [{"none": "no effusion", "both": "effusion both"}.get(truth["effusion"], "effusion"),
               "cardiomegaly" if truth["cardiomegaly"] else "no cardiomegaly", "bullae" if truth["bullae"] else "no bullae",
               "consolidation" if truth["consolidation"] else "no consolidation", ("no nodules", "nodule", "nodules")[min(count, 2)]]
@@ -505,15 +528,29 @@ def report_alone(seed, wording="train"):
     """A report without its chest, for the text encoder to learn from: findings by the same rules, sizes invented.   -> str"""
     rng = np.random.default_rng([seed, 7])                                 # not the stream of the chest with this seed
     found = draw_conditions(rng)
-    truth = {**found, "ctr": rng.uniform(*CTR[found["cardiomegaly"]]), "nodule_mm": rng.uniform(8, 24, found["nodules"]).tolist()}
-    return write_report(rng, truth, wording, str(rng.choice(list(LOBES))))
+    truth = {**found, "ctr": rng.uniform(*CTR[found["cardiomegaly"]]), "nodule_mm": rng.uniform(8, 24, found["nodules"]).tolist(),
+             "nodule_lobe": str(rng.choice(list(LOBES)))}
+    return write_report(rng, truth, wording)
 
 
 def write_one(job):
-    """Make and write case (folder, seed, grid, wording); one argument, because Pool.imap passes one."""
-    folder, seed, grid, wording = job
+    """Make and write the case (folders, seed, grid, wording); one argument, because Pool.imap passes one. The first folder gets the chest; the
+    others get further reports of it beside links to its arrays: a network learns what words mean from many ways to say one thing."""
+    folders, seed, grid, wording = job
     case = make(seed, grid, wording)
-    write_case(folder, case["ct"], case["lobe"], case["airway"], case["vessel"], case["report"], {"source": "phantom", **case["truth"]})
+    meta = {"source": "phantom", **case["truth"]}
+    if not folders[0].exists():
+        write_case(folders[0], case["ct"], case["lobe"], case["airway"], case["vessel"], case["report"], meta)
+    for i, folder in enumerate(folders[1:]):
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for name in (*CHANNELS, "low"):
+            os.link(folders[0] / f"{name}.npy", part / f"{name}.npy")
+        (part / "report.txt").write_text(write_report(np.random.default_rng([seed, 8, i]), case["truth"], wording) + "\n", encoding="utf-8")
+        (part / "case.json").write_text(json.dumps(meta, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
 
 
 def main(argv=None):
@@ -522,13 +559,14 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=512, help="number of cases; those already there are kept")
     p.add_argument("--seed", type=int, default=0, help="case i is made from seed + i")
     p.add_argument("--grid", type=int, default=256 if torch.cuda.is_available() else 128, help="voxels a side: 256, the paper's, where there is a GPU; else 128")
+    p.add_argument("--texts", type=int, default=1, help="reports of each chest, every one a case; the arrays are shared on disk")
     p.add_argument("--wording", default="train", help="report sentences: train, or held-out to test generalisation")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     p.add_argument("--reports", type=Path, help="write N reports without chests to this .jsonl instead, for text_encoder.py")
     p.add_argument("--picture", type=Path, help="also save a PNG of the first cases here")
     args = p.parse_args(argv)
     with exits():
-        for name, least in (("n", 1), ("seed", 0), ("grid", 16), ("workers", 1)):
+        for name, least in (("n", 1), ("texts", 1), ("seed", 0), ("grid", 16), ("workers", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}; it must be at least {least}; give a larger number")
         if args.grid % SCALE:
@@ -541,8 +579,8 @@ def main(argv=None):
             write_atomic(args.reports, ("\n".join(lines) + "\n").encode())
             print(f"wrote {args.n} reports without chests to {args.reports}")
             return
-        jobs = [(args.out / f"phantom_{i:06d}", args.seed + i, args.grid, args.wording) for i in range(args.n)]
-        todo = [job for job in jobs if not job[0].exists()]
+        jobs = [([args.out / f"phantom_{i:06d}{f'_text{j}' if j else ''}" for j in range(args.texts)], args.seed + i, args.grid, args.wording) for i in range(args.n)]
+        todo = [job for job in jobs if not all(folder.exists() for folder in job[0])]
         args.out.mkdir(parents=True, exist_ok=True)
         with multiprocessing.Pool(args.workers) as pool:
             for _ in tqdm(pool.imap_unordered(write_one, todo), total=len(todo), unit="case", desc="phantoms"):
@@ -551,7 +589,7 @@ def main(argv=None):
             shown = [make(seed, grid, wording) for _, seed, grid, wording in jobs[:4]]
             picture(args.picture, [[encode(c, case[c]) for c in CHANNELS] for case in shown], [case["report"].split("Impression: ")[1] for case in shown])
         size = " x ".join(f"{f / args.grid:.3f}" for f in FOV)
-        print(f"wrote {len(todo)} cases ({len(jobs) - len(todo)} were there) of {args.grid}^3 voxels, {size} mm (D,H,W), to {args.out}")
+        print(f"wrote {len(todo)} chests ({len(jobs) - len(todo)} were there), {args.texts} report(s) each, of {args.grid}^3 voxels, {size} mm (D,H,W), to {args.out}")
 
 
 if __name__ == "__main__":

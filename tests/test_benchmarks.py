@@ -4,6 +4,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(FOLDER))
 
 import bench
 import growth
+import obey
 import steps
 from reference import Reference
 from unet3d import UNet3D
@@ -70,3 +72,20 @@ def test_the_distance_from_the_limit_is_nothing_at_the_limit():
     assert steps.distance(x, x) == [0, 0, 0]
     found = steps.curve(lambda seed, n, order: x + 1 / n**order, (2, 4), 10**9, [0])
     assert found["ddim"][0][1] == pytest.approx(0.5, abs=1e-4) and found["dpm"][1][1] == pytest.approx(1 / 16, abs=1e-4)
+
+
+def test_obedience_is_what_the_paper_compares():
+    asked = obey.conditions(8)
+    good = [(r, dict(effusion=1000.0 * (r["effusion"] != "none") + 1, left=900.0 * (r["effusion"] == "left"), right=900.0 * (r["effusion"] == "right"),
+                     ctr=0.45 + 0.2 * r["cardiomegaly"] + 0.001 * i, laa=0.1 + 5 * r["bullae"] + 0.001 * i, airway=1.0)) for i, r in enumerate(asked)]
+    got = obey.compare(good)
+    assert got["side right"] == 1 and got["effusion ratio"] == pytest.approx(1001) and got["effusion lowest large, mL"] > got["effusion highest none, mL"]
+    assert got["ctr cardiomegaly"] - got["ctr normal"] == pytest.approx(0.2, abs=2e-3) and got["ctr p"] < 1e-3 and got["laa ratio"] > 10
+    swapped = [(r, {**m, "left": m["right"], "right": m["left"], "ctr": 0.5 + 1e-3 * (i % 7)}) for i, (r, m) in enumerate(good)]
+    got = obey.compare(swapped)
+    assert got["side right"] == 0 and got["ctr p"] > 0.01
+
+
+def test_a_copy_has_no_distance():
+    training = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
+    assert obey.nearest(training[3:5], training) == pytest.approx([0, 0], abs=1e-3) and (obey.nearest(training[:2] + 1, training) > 0.5).all()

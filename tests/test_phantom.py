@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import data
+import evaluate
 import phantom
 from phantom import make
 
@@ -59,15 +60,26 @@ def test_reports_say_what_is_there_in_words_of_their_set():
 
 def sentences(wording):
     """Every sentence that a wording's templates stand for, blanks unfilled."""
+    def spread(template, pattern, options):
+        parts = re.split(pattern, template)
+        yield from map("".join, itertools.product(*(options(part).split("|") if i % 2 else [part] for i, part in enumerate(parts))))
     for template in itertools.chain(*phantom.SENTENCES[wording].values()):
-        parts = re.split(r"\[(.*?)\]", template)
-        for choice in itertools.product(*(part.split("|") if i % 2 else [part] for i, part in enumerate(parts))):
-            yield " ".join("".join(choice).lower().split())
+        for chosen in spread(template, r"\[(.*?)\]", str):
+            for sentence in spread(chosen, r"@(\w+)", phantom.TERMS.get):
+                yield " ".join(sentence.lower().split())
 
 
 def test_the_wordings_share_no_sentence():
     train, held_out = set(sentences("train")), set(sentences("held-out"))
-    assert not train & held_out and len(train) > 250
+    assert not train & held_out and len(train) > 5000
+
+
+def test_coarse_voxels_are_measured_nearly_as_well():
+    for seed in (3, 4):
+        case = make(seed, 128, effusion="left", effusion_size="large")
+        fine, coarse = (evaluate.measure_phantom(case["ct"][::k, ::k, ::k], case["lobe"][::k, ::k, ::k]) for k in (1, 4))
+        assert coarse["effusion"] == pytest.approx(fine["effusion"], rel=0.15) and coarse["ctr"] == pytest.approx(fine["ctr"], abs=0.05)
+        assert coarse["left"] > 0.95 * coarse["effusion"] and abs(coarse["laa"] - fine["laa"]) < 1
 
 
 def test_reports_without_chests(tmp_path, capsys):
@@ -77,6 +89,16 @@ def test_reports_without_chests(tmp_path, capsys):
     assert len(set(texts)) > 25 and len({row["subject"] for row in rows}) == 30 and texts[0] == phantom.report_alone(5)
     assert all(t.startswith("Findings: ") and "\nImpression: " in t and "{" not in t and "[" not in t for t in texts)
     assert "wrote 30 reports" in capsys.readouterr().out
+
+
+def test_one_chest_with_several_reports(tmp_path):
+    phantom.main(["--out", str(tmp_path), "--n", "1", "--grid", "16", "--texts", "3", "--seed", "2", "--workers", "1"])
+    first, *others = sorted(tmp_path.iterdir())
+    assert [p.name for p in others] == ["phantom_000000_text1", "phantom_000000_text2"]
+    assert all((p / f"{c}.npy").samefile(first / f"{c}.npy") for p in others for c in ("ct", "lobe", "airway", "vessel", "low"))
+    assert len({(p / "report.txt").read_text() for p in (first, *others)}) == 3 and not data.faults(others[0])[1:]      # but for text.npy
+    phantom.main(["--out", str(tmp_path), "--n", "1", "--grid", "16", "--texts", "4", "--seed", "2", "--workers", "1"])
+    assert len(list(tmp_path.iterdir())) == 4                             # further ones beside those that are there
 
 
 def test_conditions_that_do_not_exist_are_named():

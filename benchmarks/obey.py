@@ -1,0 +1,240 @@
+"""Do weights obey? The paper's claims, asked of a model trained on phantoms: phantoms and sentences that it never saw, measured by evaluate.py.
+
+    python benchmarks/obey.py --model checkpoints/demo               # an hour on two cores; --parts text for one of the parts
+
+text          reports that ask for an effusion, a large heart, bullae, or say that there is none (tables 2 to 4), in the sentences of training and in
+              others; measured on stage 1's volume, whose measures follow the truth of phantoms as the row of phantoms shows
+anatomy       airway, vessels, lobes fixed, alone and together (fig. 6): is the structure in the CT, by thresholds, where the mask says?
+segmentation  the CT fixed (table 5): Dice of the masks that come out, with and without the report
+detail        stage 2 on true low-resolution volumes: overlap with the truth beside that of plain up-sampling
+memory        distance from samples to their nearest training phantom, beside that from held-out phantoms
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from scipy.stats import ks_2samp, ttest_ind
+from tqdm import tqdm
+
+import phantom
+import text_encoder
+from data import CHANNELS, FOV, MASKS, SCALE, cases, decode, encode, exits, keep_memory, upsample, write_atomic
+from diffusion import ddim_sample, times
+from evaluate import dice, dots, measure_phantom
+from sample import generate, load_stages, place
+
+HELD_OUT = 90_000                                                         # first seed; training phantoms have seeds far from here
+
+
+class Model:
+    """A model folder, ready to sample as sample.py does."""
+
+    def __init__(self, args):
+        stages = load_stages(args.model)
+        (self.low, about), (self.sr, _) = stages["low"], stages.get("sr", (None, None))
+        self.args, self.grid, self.step = args, about["grid"], about["step"]
+        for net in filter(None, (self.low, self.sr)):
+            place(net, args.device, args)
+        self.encoder = text_encoder.load(args.text or Path(args.model) / "text", tokens=self.low.args["tokens"])
+
+    def sample(self, seed, report=None, known=None, fixed=(), full=False):
+        """-> {channel: (G,G,G) HU or labels}"""
+        context = self.encoder.encode([report])[0].to(self.args.device) if report else None
+        x = generate(self.low, self.sr if full else None, seed, self.grid, self.args, context, known, fixed)
+        return {c: decode(c, v) for c, v in zip(CHANNELS, x.numpy())}
+
+
+def stack(case):
+    """A phantom as the clean channels (1,4,G,G,G)."""
+    return torch.from_numpy(np.stack([encode(c, case[c]) for c in CHANNELS]))[None]
+
+
+def every_fourth(case):
+    return {c: case[c][::SCALE, ::SCALE, ::SCALE] for c in CHANNELS}
+
+
+# --- text (tables 2 to 4, 7) ---
+
+def conditions(n):
+    """3 n requests: a third each for no effusion, a large left, a large right one; half of each with a large heart, half (crossed) with bullae."""
+    return [dict(effusion=side, effusion_size=None if side == "none" else "large", cardiomegaly=bool(i % 2), bullae=bool(i // 2 % 2), consolidation=None, nodules=0)
+            for side in ("none", "left", "right") for i in range(n)]
+
+
+def compare(rows):
+    """rows: [(request, measures)].   -> the paper's comparisons as {name: number}"""
+    pick = lambda name, **want: np.array([m[name] for r, m in rows if all(r[k] == v for k, v in want.items())])
+    none, left, right = (pick("effusion", effusion=s) for s in ("none", "left", "right"))
+    large = np.concatenate([left, right])
+    sides = np.concatenate([pick("left", effusion="left") > pick("right", effusion="left"), pick("right", effusion="right") > pick("left", effusion="right")])
+    small_heart, large_heart = (pick("ctr", cardiomegaly=b) for b in (False, True))
+    clean, bullous = (pick("laa", bullae=b) for b in (False, True))
+    return {"effusion none, mL": none.mean(), "effusion none, sd": none.std(ddof=1), "effusion large, mL": large.mean(), "effusion large, sd": large.std(ddof=1),
+            "effusion ratio": large.mean() / max(none.mean(), 1e-9), "effusion highest none, mL": none.max(), "effusion lowest large, mL": large.min(), "side right": sides.mean(),
+            "ctr normal": small_heart.mean(), "ctr cardiomegaly": large_heart.mean(), "ctr p": ttest_ind(large_heart, small_heart, equal_var=False, alternative="greater").pvalue,
+            "laa none, %": clean.mean(), "laa bullae, %": bullous.mean(), "laa ratio": bullous.mean() / max(clean.mean(), 1e-9),
+            "laa p": ttest_ind(bullous, clean, equal_var=False, alternative="greater").pvalue}
+
+
+def text(model, n):
+    """-> {who: {name: number}}, single values"""
+    table, values = {}, []
+    asked = conditions(n)
+    for who in ("phantoms", "training sentences", "held-out sentences"):
+        rows = []
+        for i, request in enumerate(tqdm(asked, desc=who, leave=False)):
+            case = phantom.make(HELD_OUT + i, SCALE * model.grid, "train" if "training" in who else "held-out", **request)
+            x = every_fourth(case) if who == "phantoms" else model.sample(HELD_OUT + i, case["report"])
+            rows.append((request, measure_phantom(x["ct"], x["lobe"])))
+            values += [dict(folder=who, case=i, measure=k, value=v, unit="", **request) for k, v in rows[-1][1].items()]
+        table[who] = compare(rows)
+        print_columns("text", table)
+    return table, values
+
+
+# --- anatomy (fig. 6), segmentation (table 5), detail ---
+
+def seen_in(ct, lobe):
+    """Structures of a phantom's CT by thresholds: what a mask is compared with.   -> {mask: bool (G,G,G)}"""
+    airway = phantom.segment(ct, lobe, [f / len(ct) for f in FOV])["airway"]
+    return {"airway": airway, "vessel": (ct > -300) & (lobe > 0) & ~airway, "lobe": (ct < -500) & (lobe > 0)}
+
+
+def anatomy(model, n):
+    table = {"phantoms": {}}
+    for i in tqdm(range(n), desc="anatomy", leave=False):
+        case = phantom.make(HELD_OUT + 1000 + i, SCALE * model.grid, "held-out", consolidation=None, effusion="none")
+        true = seen_in(case["ct"], case["lobe"])
+        for c in MASKS:
+            table["phantoms"].setdefault(c, []).append(dice(true[c], case[c] > 0))
+        for fixed in (("airway",), ("vessel",), ("lobe",), MASKS):
+            x = model.sample(i, case["report"], stack(case), [CHANNELS.index(c) for c in fixed], full=True)
+            found = seen_in(x["ct"], x["lobe"])
+            for c in fixed:
+                table.setdefault("fixed: " + ", ".join(fixed), {}).setdefault(c, []).append(dice(found[c], case[c] > 0))
+    # What is not fixed still varies: 4 seeds with one airway and no text; standard deviation of the CT over seeds.
+    airway = torch.from_numpy(case["airway"][::SCALE, ::SCALE, ::SCALE] > 0)
+    cts = np.stack([model.sample(seed, None, stack(case), [CHANNELS.index("airway")])["ct"] for seed in range(4)]).astype(np.float32)
+    sd = cts.std(0, ddof=1)
+    table = {who: {f"dice {c}": float(np.mean(v)) for c, v in row.items()} for who, row in table.items()}
+    table["sd over seeds, HU"] = {"in the airway": float(sd[airway].mean()), "elsewhere": float(sd[~airway].mean())}
+    print_columns("anatomy", table)
+    return table
+
+
+def segmentation(model, n):
+    rows = {"without report": {}, "with report": {}}
+    for i in tqdm(range(n), desc="segmentation", leave=False):
+        case = phantom.make(HELD_OUT + 2000 + i, SCALE * model.grid, "held-out")
+        for who, report in zip(rows, (None, case["report"])):
+            x = model.sample(i, report, stack(case), [0], full=True)
+            lobes = np.mean([dice(x["lobe"] == k, case["lobe"] == k) for k in range(1, 6)])
+            for name, v in (("airway", dice(x["airway"] > 0, case["airway"] > 0)), ("lung", dice(x["lobe"] > 0, case["lobe"] > 0)), ("lobe", lobes),
+                            ("vessel", dice(x["vessel"] > 0, case["vessel"] > 0))):
+                rows[who].setdefault(f"dice {name}", []).append(v)
+    table = {who: {k: float(np.mean(v)) for k, v in row.items()} for who, row in rows.items()}
+    print_columns("segmentation", table)
+    return table
+
+
+def sharpness(ct):
+    """Mean length of the CT's gradient, HU a voxel."""
+    return float(np.sqrt(sum(np.square(g) for g in np.gradient(ct.astype(np.float32)))).mean())
+
+
+def detail(model, n):
+    rows = {"up-sampled": {}, "stage 2": {}}
+    for i in tqdm(range(n), desc="detail", leave=False):
+        case = phantom.make(HELD_OUT + 3000 + i, SCALE * model.grid, "held-out")
+        x0 = stack(case)
+        low = upsample(x0[..., ::SCALE, ::SCALE, ::SCALE])
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
+        with torch.autocast(model.args.device, torch.bfloat16, enabled=model.args.amp):
+            made = ddim_sample(model.sr, noise.to(model.args.device), times(model.args.sr_steps, model.order), low=low.to(model.args.device), order=model.order)
+        smooth = torch.nn.functional.interpolate(x0[..., ::SCALE, ::SCALE, ::SCALE], scale_factor=SCALE, mode="trilinear")
+        for who, x in zip(rows, (smooth, made.float().cpu())):
+            got = {c: decode(c, v) for c, v in zip(CHANNELS, x[0].numpy())}
+            row = rows[who]
+            for c in ("airway", "vessel"):
+                row.setdefault(f"dice {c}", []).append(dice(got[c] > 0, case[c] > 0))
+            row.setdefault("CT error, HU", []).append(float(np.abs(got["ct"].astype(np.float32) - case["ct"].clip(-1024, 600)).mean()))
+            row.setdefault("sharpness of the CT / true", []).append(sharpness(got["ct"]) / sharpness(case["ct"].clip(-1024, 600)))
+    table = {who: {k: float(np.mean(v)) for k, v in row.items()} for who, row in rows.items()}
+    print_columns("detail", table)
+    return table
+
+
+# --- nothing memorised ---
+
+def nearest(x, training):
+    """Root mean square distance over the CT channel to the nearest of `training`.   x: (n,V)   training: (m,V)   -> (n,)"""
+    return np.sqrt(((x**2).sum(1)[:, None] + (training**2).sum(1) - 2 * x @ training.T).clip(0).min(1) / x.shape[1])
+
+
+def memory(model, n, folder):
+    folders = [c for c in cases(folder) if "_text" not in c.name]
+    training = np.stack([np.load(c / "low.npy")[0].ravel().astype(np.float32) for c in folders])
+    held, made = [], []
+    for i in tqdm(range(n), desc="memory", leave=False):
+        case = phantom.make(HELD_OUT + 4000 + i, SCALE * model.grid, "train")
+        held.append(encode("ct", every_fourth(case)["ct"]).ravel())
+        made.append(encode("ct", model.sample(i, case["report"])["ct"]).ravel())
+    held, made = nearest(np.stack(held), training), nearest(np.stack(made), training)
+    table = {"held-out phantoms": {"nearest, mean": held.mean(), "lowest": held.min()}, "samples": {"nearest, mean": made.mean(), "lowest": made.min()},
+             "same distribution": {"Kolmogorov-Smirnov p": ks_2samp(held, made).pvalue}}
+    print_columns("memory", table)
+    return {who: {k: float(v) for k, v in row.items()} for who, row in table.items()}
+
+
+# --- the table ---
+
+def print_columns(title, table):
+    names = list(dict.fromkeys(k for row in table.values() for k in row))
+    print(f"\n{title:28}" + "".join(f"{who:>22}" for who in table))
+    for name in names:
+        print(f"{name:28}" + "".join(f"{row[name]:22.4g}" if name in row else " " * 22 for row in table.values()), flush=True)
+
+
+def main(argv=None):
+    parts = ("text", "anatomy", "segmentation", "detail", "memory")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--model", default=str(ROOT / "checkpoints/demo"))
+    p.add_argument("--text", help="another text encoder (default MODEL/text)")
+    p.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    p.add_argument("--n", type=int, default=32, help="samples a prompt; distances")
+    p.add_argument("--n-full", type=int, default=8, help="phantoms in the parts that need stage 2")
+    p.add_argument("--data", default="data/train", help="the phantoms of the training, for `memory`")
+    p.add_argument("--guidance", type=float, default=2.0)
+    p.add_argument("--solver", choices=("ddim", "dpm"), default="dpm")
+    p.add_argument("--low-steps", type=int, default=20)
+    p.add_argument("--sr-steps", type=int, default=8)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where obey.json and obey.png appear")
+    args = p.parse_args(argv)
+    with exits():
+        keep_memory()
+        args.amp, args.slab, args.compile, args.guidance_interval = True, 0, args.device == "cuda", (0.0, 1.0)
+        model = Model(args)
+        model.order = 2 if args.solver == "dpm" else 1
+        store = args.out / "obey.json"
+        found = json.loads(store.read_text()) if store.exists() else {}   # parts may be run one by one
+        for part in args.parts:
+            if part == "text":
+                table, values = text(model, args.n)
+                dots(args.out / "obey.png", [v for v in values if v["measure"] in ("effusion", "laa", "ctr")])
+            elif part == "memory":
+                table = memory(model, args.n, args.data)
+            else:
+                table = {"anatomy": anatomy, "segmentation": segmentation, "detail": detail}[part](model, args.n_full)
+            found[part] = dict(table=table, step=model.step, arguments={k: v for k, v in vars(args).items() if k != "out"})
+            write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode())
+        print(f"wrote {', '.join(args.parts)} to {store}")
+
+
+if __name__ == "__main__":
+    main()

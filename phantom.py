@@ -500,9 +500,10 @@ def choose(rng, template):
     return text[:1].upper() + text[1:]                                     # a sentence may begin with a term
 
 
-def write_report(rng, truth, wording):
+def write_report(rng, truth, wording, prompt=False):
     """"Findings: ...\nImpression: ..." for the truth of a case, under 150 words; sentences and their order vary with rng.
-    As in a clinic, what is there is always said and what is not there only mostly (85 % each)."""
+    As in a clinic, what is there is always said and what is not there only mostly (85 % each). prompt: as somebody would type it,
+    a few sentences without headings, which leave out most of what is not there."""
     count, said = len(truth["nodule_mm"]), SENTENCES[wording]
     number = ("no", "one", "two", "three", "four")[count]
     lobe = {"consolidation": LOBE_WORDS.get(truth["consolidation"], ""), "nodule": LOBE_WORDS.get(truth["nodule_lobe"], "")}
@@ -516,6 +517,9 @@ def write_report(rng, truth, wording):
         line = choose(rng, str(rng.choice(said[topic]))).format(size=size, Size=size.capitalize(), side=truth["effusion"], ctr=truth["ctr"], lobe=where,
                                Lobe=where.capitalize(), count=number, Count=number.capitalize(), mm=round(max(truth["nodule_mm"], default=0)))
         return " ".join(line.split())                                      # an empty choice leaves two spaces
+    if prompt:
+        lines = [say("!" * int(rng.integers(2) and not t.startswith("no ")) + t) for t in topics if not t.startswith("no ") or rng.random() < 0.2]
+        return " ".join(rng.permutation(lines or [say("!normal")]))
     findings = [say(t) for t in topics if not t.startswith("no ") or rng.random() < 0.85] or [say(topics[0])]
     findings += [" ".join(choose(rng, str(s)).split()) for s in rng.permutation(said["normal"])[:rng.integers(0, 4)]]
     impression = [say("!" + t) for t in topics if not t.startswith("no ")] or [say("!normal")]
@@ -537,19 +541,23 @@ def write_one(job):
     """Make and write the case (folders, seed, grid, wording); one argument, because Pool.imap passes one. The first folder gets the chest; the
     others get further reports of it beside links to its arrays: a network learns what words mean from many ways to say one thing."""
     folders, seed, grid, wording = job
-    case = make(seed, grid, wording)
-    meta = {"source": "phantom", **case["truth"]}
-    if not folders[0].exists():
+    if folders[0].exists():
+        meta = json.loads((folders[0] / "case.json").read_text())
+    else:
+        case = make(seed, grid, wording)
+        meta = {"source": "phantom", **case["truth"]}
         write_case(folders[0], case["ct"], case["lobe"], case["airway"], case["vessel"], case["report"], meta)
     for i, folder in enumerate(folders[1:]):
+        if folder.exists():
+            continue
         part = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         for name in (*CHANNELS, "low"):
             os.link(folders[0] / f"{name}.npy", part / f"{name}.npy")
-        (part / "report.txt").write_text(write_report(np.random.default_rng([seed, 8, i]), case["truth"], wording) + "\n", encoding="utf-8")
+        report = write_report(np.random.default_rng([seed, 8, i]), meta, wording, prompt=i % 2 == 1)
+        (part / "report.txt").write_text(report + "\n", encoding="utf-8")
         (part / "case.json").write_text(json.dumps(meta, indent=1) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
 
 
@@ -559,7 +567,7 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=512, help="number of cases; those already there are kept")
     p.add_argument("--seed", type=int, default=0, help="case i is made from seed + i")
     p.add_argument("--grid", type=int, default=256 if torch.cuda.is_available() else 128, help="voxels a side: 256, the paper's, where there is a GPU; else 128")
-    p.add_argument("--texts", type=int, default=1, help="reports of each chest, every one a case; the arrays are shared on disk")
+    p.add_argument("--texts", type=int, default=1, help="reports of each chest, every one a case whose arrays are shared on disk; every second of the further ones is short, as a prompt")
     p.add_argument("--wording", default="train", help="report sentences: train, or held-out to test generalisation")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     p.add_argument("--reports", type=Path, help="write N reports without chests to this .jsonl instead, for text_encoder.py")

@@ -71,7 +71,7 @@ class Config:
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, batch=4, micro=4, lr=3e-4, steps=2000, ema_start=500, ema=0.998,
+    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, batch=4, micro=4, lr=1e-3, steps=5000, ema_start=1000, holdout=32,
                                                  checkpointing="none", workers=1, save_every=100, show_every=500))
 
 

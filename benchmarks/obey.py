@@ -2,6 +2,8 @@
 
     python benchmarks/obey.py --model checkpoints/demo               # an hour on two cores; --parts text for one of the parts
 
+reading       what stage 1 could know: findings of a report read off its text states by a small attention network, in the sentences of training
+              and in others; beside it the states of the same BERT with random weights (table 7)
 text          reports that ask for an effusion, a large heart, bullae, or say that there is none (tables 2 to 4), in the sentences of training and in
               others; measured on stage 1's volume, whose measures follow the truth of phantoms as the row of phantoms shows
 anatomy       airway, vessels, lobes fixed, alone and together (fig. 6): is the structure in the CT, by thresholds, where the mask says?
@@ -58,7 +60,58 @@ def every_fourth(case):
     return {c: case[c][::SCALE, ::SCALE, ::SCALE] for c in CHANNELS}
 
 
-# --- text (tables 2 to 4, 7) ---
+# --- reading (table 7) ---
+
+FINDINGS = ("left effusion", "right effusion", "large", "cardiomegaly", "bullae", "consolidation")
+
+
+class Reader(torch.nn.Module):
+    """16 learned queries attend to the text states, as the voxels of stage 1 do.   (B,N,width) -> (B,findings) logits"""
+
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.kv = torch.nn.Parameter(torch.randn(16, 32)), torch.nn.Linear(width, 64, bias=False)
+        self.out = torch.nn.Sequential(torch.nn.Linear(16 * 32, 64), torch.nn.ReLU(), torch.nn.Linear(64, len(FINDINGS)))
+
+    def forward(self, context):
+        k, v = self.kv(context).chunk(2, -1)
+        return self.out(torch.nn.functional.scaled_dot_product_attention(self.q.expand(len(context), -1, -1), k, v).flatten(1))
+
+
+def reports_and_findings(n, seed, wording):
+    """-> n reports, which FINDINGS each has (n,findings) float"""
+    texts, found = [], []
+    for rng in (np.random.default_rng([seed, i]) for i in range(n)):
+        f = phantom.draw_conditions(rng)
+        truth = {**f, "ctr": rng.uniform(*phantom.CTR[f["cardiomegaly"]]), "nodule_mm": rng.uniform(8, 24, f["nodules"]).tolist(), "nodule_lobe": "RUL"}
+        texts.append(phantom.write_report(rng, truth, wording))
+        found.append([f["effusion"] in ("left", "both"), f["effusion"] in ("right", "both"), f["effusion_size"] == "large", f["cardiomegaly"], f["bullae"], f["consolidation"] is not None])
+    return texts, torch.tensor(found).float()
+
+
+def reading(model, n):
+    """Accuracy over n reports of a Reader trained on 3,000 others."""
+    sets = [reports_and_findings(*which) for which in ((3000, HELD_OUT, "train"), (n, HELD_OUT + 1, "train"), (n, HELD_OUT + 1, "held-out"))]
+    table = {"commonest answer": {f"{w}, {name}": max(m, 1 - m) for w, (_, y) in zip(("training", "held-out"), sets[1:]) for name, m in zip(FINDINGS, y.mean(0).tolist())}}
+    for who in ("this text model", "random weights"):
+        torch.manual_seed(0)
+        if who == "random weights":
+            model.encoder.bert.apply(model.encoder.bert._init_weights)    # as before its training
+        states = [torch.cat([model.encoder.encode(texts[i:i + 100])[0].cpu() for i in range(0, len(texts), 100)]) for texts, _ in sets]
+        reader = Reader(states[0].shape[-1])
+        opt = torch.optim.AdamW(reader.parameters(), 2e-3)
+        for _ in tqdm(range(700), desc=who, leave=False):
+            pick = torch.randint(len(states[0]), (64,))
+            torch.nn.functional.binary_cross_entropy_with_logits(reader(states[0][pick]), sets[0][1][pick]).backward()
+            opt.step(), opt.zero_grad()
+        with torch.no_grad():
+            right = [((reader(h) > 0) == (y > 0)).float().mean(0).tolist() for h, (_, y) in zip(states[1:], sets[1:])]
+        table[who] = {f"{w}, {name}": v for w, r in zip(("training", "held-out"), right) for name, v in zip(FINDINGS, r)}
+    print_columns("reading", table)
+    return table
+
+
+# --- text (tables 2 to 4) ---
 
 def conditions(n):
     """3 n requests: a third each for no effusion, a large left, a large right one; half of each with a large heart, half (crossed) with bullae."""
@@ -201,7 +254,7 @@ def print_columns(title, table):
 
 
 def main(argv=None):
-    parts = ("text", "anatomy", "segmentation", "detail", "memory")
+    parts = ("text", "anatomy", "segmentation", "detail", "memory", "reading")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model", default=str(ROOT / "checkpoints/demo"))
     p.add_argument("--text", help="another text encoder (default MODEL/text)")
@@ -227,6 +280,8 @@ def main(argv=None):
             if part == "text":
                 table, values = text(model, args.n)
                 dots(args.out / "obey.png", [v for v in values if v["measure"] in ("effusion", "laa", "ctr")])
+            elif part == "reading":                                       # last: it spoils the model's text encoder
+                table = reading(model, 300)
             elif part == "memory":
                 table = memory(model, args.n, args.data)
             else:

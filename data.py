@@ -47,6 +47,17 @@ def exits():
     raise SystemExit(code)
 
 
+def choose_device(name):
+    """"cuda" or "cpu" as asked, whichever is there if nothing was."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name}; cuda or cpu; choose one")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}; this PyTorch sees no GPU; leave --device out, or install a CUDA build and its driver")
+    return name
+
+
 def keep_memory():
     """Let glibc keep the memory of freed tensors. It would give each back to the system and have it zeroed page by page at the next:
     a quarter of the time of everything on a CPU. Elsewhere (no mallopt) nothing happens."""
@@ -357,14 +368,20 @@ def upsample(low):
 
 # --- pictures ---
 
+def pyplot():
+    """matplotlib's, for files and without a screen; imported only where a picture is drawn."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
+
+
 def picture(path, volumes, titles, caption=""):
     """Rows of axial, coronal and sagittal mid-planes, HU [-1024,600], masks outlined: lobes yellow, airway cyan, vessels red.
 
     volumes: list of (4,D,H,W) in [-1,1]   titles: one a row.   Radiological view: the patient's right is on the left.
     """
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(len(volumes), 3, figsize=(9, 3 * len(volumes) + 0.3 * bool(caption)), squeeze=False, facecolor="black")
     for row, x, title in zip(axes, volumes, titles):
         x = np.asarray(x, np.float32)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import FOV, LOBES, encode, exits, grid_affine, load_channel, load_nifti, read_report, resample, write_atomic
+from data import FOV, LOBES, choose_device, encode, exits, grid_affine, load_channel, load_nifti, pyplot, read_report, resample, write_atomic
 
 # A structure's file names, ours first, then TotalSegmentator's or what may stand in.
 FILES = {"ct": ["ct"], "lobe": ["lobe"], "vessel": ["vessel", "lung_vessels"], "airway": ["airway", "lung_trachea_bronchia"], "heart": ["heart"],
@@ -48,10 +48,15 @@ def case_folders(folder):
     return found
 
 
+def file_of(case, name):
+    """The NIfTI of that name, compressed or not, or None."""
+    return next((p for end in (".nii.gz", ".nii") if (p := case / (name + end)).is_file()), None)
+
+
 def read(case, name, segment="none"):
     """One structure of a case.   -> array (X,Y,Z) in RAS+ order, affine"""
     names = FILES[name][:1] if segment == "phantom" else FILES[name]      # thresholds know a phantom's thorax better than its lungs do
-    path = next((p for n in names for end in (".nii.gz", ".nii") if (p := case / (n + end)).is_file()), None)
+    path = next((p for n in names if (p := file_of(case, n))), None)
     if path is None and segment == "totalseg" and name in TASKS:
         totalsegmentator(case, TASKS[name])
         return read(case, name)
@@ -71,7 +76,9 @@ def totalsegmentator(case, task):
     command = shutil.which("TotalSegmentator")
     if command is None:
         raise ValueError("TotalSegmentator is not installed; --segment totalseg calls it; pip install TotalSegmentator, or put the masks beside the CT")
-    subprocess.run([command, "-i", str(case / "ct.nii.gz"), "-o", str(case), "-ta", task], check=True)
+    done = subprocess.run([command, "-i", str(file_of(case, "ct")), "-o", str(case), "-ta", task])
+    if done.returncode:
+        raise RuntimeError(f"{case}: TotalSegmentator, task {task}, ended with code {done.returncode}; its own words stand above")
 
 
 # --- measurements of masks ---
@@ -126,10 +133,15 @@ def measure(command, case, segment):
         return volume_mm3(*read(case, "airway", segment))
     if command == "effusion":
         return volume_mm3(*read(case, "effusion", segment)) / 1000
-    ct, affine = read(case, "ct")
     if command == "laa":
-        return laa950(ct, read(case, "lung")[0], read(case, "airway", segment)[0])
-    return ctr(read(case, "heart", segment)[0], read(case, "thorax", segment)[0], affine)
+        (ct, _), (lung, _), (airway, _) = read(case, "ct"), read(case, "lung"), read(case, "airway", segment)
+        if not ct.shape == lung.shape == airway.shape:
+            raise ValueError(f"{case}: CT {ct.shape}, lung {lung.shape}, airway {airway.shape}; one grid is needed; segment this very CT")
+        return laa950(ct, lung, airway)
+    (heart, affine), (thorax, _) = read(case, "heart", segment), read(case, "thorax", segment)
+    if heart.shape != thorax.shape:
+        raise ValueError(f"{case}: heart {heart.shape}, thorax {thorax.shape}; one grid is needed; segment them from one CT")
+    return ctr(heart, thorax, affine)
 
 
 UNITS = {"airway": "mm3", "effusion": "mL", "laa": "percent", "ctr": "ratio"}
@@ -145,9 +157,9 @@ def measures(args):
         print(f"{folder:32} {len(v):4d} {v.mean():10.4g} {v.std(ddof=1) if len(v) > 1 else 0:10.4g} {np.median(v):10.4g}")
     if len(groups) == 2 and min(map(len, groups)) > 1:
         from scipy.stats import ttest_ind
-        a, b = ([value for _, value in g] for g in groups)
-        t = ttest_ind(a, b, equal_var=False, alternative="greater" if np.mean(a) > np.mean(b) else "less")
-        print(f"one-tailed two-sample t-test (Welch): t = {t.statistic:.2f}, p = {t.pvalue:.2g}")
+        (high, a), (low, b) = sorted(zip(args.folders, ([value for _, value in g] for g in groups)), key=lambda g: -np.mean(g[1]))
+        t = ttest_ind(a, b, equal_var=False, alternative="greater")
+        print(f"one-tailed two-sample t-test (Welch), {high} above {low}: t = {t.statistic:.2f}, p = {t.pvalue:.2g}; the direction is the data's, two-tailed p = {2 * t.pvalue:.2g}")
     histogram(args.figure, {f: [v for _, v in g] for f, g in zip(args.folders, groups)}, f"{args.command}, {UNITS[args.command]}")
     return rows
 
@@ -180,9 +192,7 @@ def compare(args):
 
 def histogram(path, groups, label):
     """Distributions side by side (fig. 5)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(6, 3.5))
     edges = np.histogram_bin_edges(np.concatenate([np.ravel(v) for v in groups.values()]), 20)
     for name, values in groups.items():
@@ -194,9 +204,7 @@ def histogram(path, groups, label):
 
 def dots(path, rows):
     """Every value of a table as a dot, a column for each folder and measure."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     groups = {}
     for r in rows:
         groups.setdefault(f"{r['measure']}\n{r['folder'][-24:]}", []).append(r["value"])
@@ -270,10 +278,9 @@ def features(folder, net, name, edge, device):
     known = dict(np.load(store)) if store.exists() else {}
     out, new = [], 0
     for case in tqdm(case_folders(folder), desc=f"features of {folder}", leave=False):
-        path = case / "ct.nii.gz"
-        stat = path.stat() if path.is_file() else None
-        key = f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}" if stat else ""
-        if key not in known:
+        path = file_of(case, "ct")
+        key = f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" if path else None
+        if key not in known:                                             # without a CT, read says so
             ct = torch.from_numpy(encode("ct", read(case, "ct")[0])).permute(2, 1, 0)[None, None]      # (1,1,D,H,W)
             if ct.shape[2:] != (edge,) * 3:
                 ct = F.interpolate(ct, (edge,) * 3, mode="trilinear")
@@ -311,7 +318,7 @@ def fid(args):
     counts = [len(case_folders(f)) for f in args.folders]
     if min(counts[0] // 2, counts[1]) < 2:
         raise ValueError(f"{counts[0]} real and {counts[1]} fake volumes; at least 4 and 2 are needed; the paper takes 1,024")
-    device = torch.device(args.device)
+    device = torch.device(choose_device(args.device))
     net, name = feature_net(args.weights)
     net.to(device)
     real, fake = (features(f, net, name, args.edge, device) for f in args.folders)
@@ -365,14 +372,15 @@ def prompts(args):
     import sample
     rows = []
     lines = [line.split("|") for line in read_report(args.file).splitlines() if line.strip() and not line.startswith("#")]
-    for i, line in enumerate(lines):
+    for line in lines:
         if len(line) != 3 or line[0].strip() not in UNITS:
             raise ValueError(f"{args.file}: {'|'.join(line)!r}; a line is `measure | prompt | prompt`, measure one of {', '.join(UNITS)}; mend it")
     print(f"{'measure':20}{'prompt':64}{'n':>4}{'mean':>10} ± sd")
     for i, (command, *texts) in enumerate(lines):
         for j, text in enumerate(texts):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
-            if not out.exists():
+            if len(list(out.glob("*/ct.nii.gz"))) != args.n:             # none yet, or an earlier run was interrupted
+                shutil.rmtree(out, ignore_errors=True)
                 sample.main(["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else [])])
             values = [measure(command.strip(), case, args.segment) for case in case_folders(out)]
             print(f"{command.strip() + ', ' + UNITS[command.strip()]:20}{text.strip()[:62]:64}{len(values):4d}{np.mean(values):10.3g} ± {np.std(values):.3g}")
@@ -398,8 +406,9 @@ def labelled(path):
         rows = list(csv.DictReader(f))
     if not rows or {"file", "label"} - rows[0].keys():
         raise ValueError(f"{path}: no columns file,label; a line names a CT and its class; mend the header")
-    volumes = [torch.from_numpy(encode("ct", load_channel("ct", Path(path).parent / r["file"])[0]))[None, None] for r in tqdm(rows, desc=str(path), leave=False)]
-    return torch.cat([F.interpolate(v, (32, 32, 32), mode="trilinear") for v in volumes]), [r["label"] for r in rows]
+    small = lambda ct: F.interpolate(torch.from_numpy(encode("ct", ct))[None, None], (32, 32, 32), mode="trilinear")
+    volumes = [small(load_channel("ct", Path(path).parent / r["file"])[0]) for r in tqdm(rows, desc=str(path), leave=False)]
+    return torch.cat(volumes), [r["label"] for r in rows]
 
 
 def classify(x, y, x_test, y_test, classes, seed, epochs=30):
@@ -456,7 +465,7 @@ def main(argv=None):
     q = command("fid", fid, 2, "FID and MMD of two folders")
     q.add_argument("--weights", help="MedicalNet's resnet_50.pth; without it a seeded random network, for tests and demos")
     q.add_argument("--edge", type=int, default=256, help="volumes are brought to edge^3 (256 as in the paper)")
-    q.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    q.add_argument("--device", help="cuda or cpu; default whichever is there")
     for name in UNITS:
         q = command(name, measures, "+", f"{name}, {UNITS[name]}")
         q.add_argument("--segment", default="none", choices=("none", "phantom", "totalseg"), help="how to make masks that are not there")
@@ -472,6 +481,8 @@ def main(argv=None):
     q.add_argument("real", metavar="REAL.csv"), q.add_argument("synthetic", metavar="SYNTHETIC.csv"), q.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     with exits():
+        for path in (args.csv, args.figure):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         if args.command == "dice" and not 2 <= len(args.folders) <= 3:
             raise ValueError(f"{len(args.folders)} folders; dice takes a reference and one or two segmentations; name them")
         rows = args.run(args)

@@ -343,7 +343,9 @@ def draw_nodules(rng, a, cloud, count, bullae, free):
     for r in np.sort(rng.uniform(4, 12, count))[::-1]:
         fits = lambda p: (wall_distance(a, *p) < -r and free(p) and heart_form(a, *p) > 1.6
                           and all(np.linalg.norm(p - q) > r + s + 4 for q, _, s, _ in bullae + balls))
-        p = next(p for p in cloud[::-1] if fits(p))
+        p = next((p for p in cloud[::-1] if fits(p)), None)
+        if p is None:                                                      # a full chest: the truth and the report say how many there are
+            break
         balls.append((p, p, r, r))
     return balls
 
@@ -432,7 +434,7 @@ def make(seed, grid=128, wording="train", **conditions):
     ct = np.clip(np.round(ct), -1024, 1500).astype(np.int16)
 
     masks = {"heart": heart, "thorax": chest | heart, "effusion": fluid}
-    truth = {"seed": int(seed), "grid": int(grid), "wording": wording, **found, **measure(ct, lobe, airway, masks, voxel_ml),
+    truth = {"seed": int(seed), "grid": int(grid), "wording": wording, **found, "nodules": len(nodules), **measure(ct, lobe, airway, masks, voxel_ml),
              "nodule_mm": [float(2 * r) for _, _, r, _ in nodules],
              "nodule_lobe": list(LOBES)[int(lobe_labels(a, *nodules[0][0])) - 1] if nodules else None}     # of the largest
     return {"ct": ct, "lobe": lobe, "airway": airway.astype(np.uint8), "vessel": vessel.astype(np.uint8),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (CHANNELS, FOV, MASKS, SCALE, decode, encode, exits, keep_memory, picture, read_report, save_nifti, to_model, upsample)
+from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, keep_memory, picture, read_report, save_nifti, to_model, upsample)
 from diffusion import ddim_sample, times
 from unet3d import UNet3D, from_released
 
@@ -155,6 +155,7 @@ def write(folder, x, center, about, overwrite):
 
 
 def sample(args):
+    args.device = device = choose_device(args.device)
     texts, paths = reports(args), {c: getattr(args, c) for c in CHANNELS if getattr(args, c)}
     if args.ct and len(paths) > 1:
         raise ValueError(f"--ct with {', '.join('--' + c for c in paths if c != 'ct')}; a given CT is segmented; leave the masks out")
@@ -175,7 +176,6 @@ def sample(args):
     sr_net, sr_about = (None, None) if args.stop_at_low else stages.get("sr", (None, None))
     if sr_net is None and not args.stop_at_low:
         raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
-    args.device = device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.compile = device.startswith("cuda") if args.compile is None else args.compile
     for net in filter(None, (low_net, sr_net)):
         place(net, device, args)
@@ -195,10 +195,11 @@ def sample(args):
     contexts = {None: None}
     if any(text for _, text in texts):
         import text_encoder
-        folder = next((p for p in (Path(args.model) / "text",) if p.is_dir()), text_encoder.CXR_BERT)
-        encoder = text_encoder.load(args.text or folder, tokens=low_net.args["tokens"])
+        own = Path(args.model) / "text"
+        source = args.text or (own if own.is_dir() else text_encoder.CXR_BERT)
+        encoder = text_encoder.load(source, tokens=low_net.args["tokens"])
         if encoder.width != low_net.args["context_dim"]:
-            raise ValueError(f"text model {args.text or folder}: {encoder.width} wide, the weights were trained with {low_net.args['context_dim']}; "
+            raise ValueError(f"text model {source}: {encoder.width} wide, the weights were trained with {low_net.args['context_dim']}; "
                              "text and weights belong together; pass --text FOLDER")
         for _, text in texts:
             contexts[text] = encoder.encode([text])[0].to(device)
@@ -229,8 +230,8 @@ def main(argv=None):
     p.add_argument("--guidance", type=float, default=2.0, help="1 none (the paper), 2 (default), 3 (released anatomy experiments)")
     p.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t in [0,1] at which it is applied; else one evaluation a step instead of two")
     p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), as good in fewer steps")
-    p.add_argument("--low-steps", type=int, default=50, help="network evaluations of stage 1 (default 50)")
-    p.add_argument("--sr-steps", type=int, default=20, help="network evaluations of stage 2 (default 20)")
+    p.add_argument("--low-steps", type=int, default=50, help="steps of stage 1 (default 50), two network evaluations each with guidance")
+    p.add_argument("--sr-steps", type=int, default=20, help="steps of stage 2 (default 20), one network evaluation each")
     p.add_argument("--stop-at-low", action="store_true", help="write the low-resolution volume")
     p.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 # transformers takes seconds to import; the functions that need it import it, so that importing this file stays cheap.
 
-from data import cases, exits, read_report, write_atomic
+from data import cases, choose_device, exits, read_report, write_atomic
 
 CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"     # the paper's start, 768 wide
 TOKENS = 192                                              # N, the tokens of a report that the UNet sees (sec. 4.6)
@@ -65,7 +65,7 @@ def load_reports(paths):
             files = [path] if not path.is_dir() else sorted(path.glob("*/report.txt")) or sorted(path.glob("*.txt"))
             if not files:
                 raise ValueError(f"{path}: no */report.txt, no *.txt; training needs reports; try python phantom.py --out data/train --n 512")
-            texts += [(f.parent.name if f.name == "report.txt" else f.stem, read_report(f)) for f in files]
+            texts += [(f.parent.name.split("_text")[0] if f.name == "report.txt" else f.stem, read_report(f)) for f in files]
     pairs = [(subject, split_sections(text), text) for subject, text in texts]
     reports = [Report(subject, *(pair if pair[1] else split_run_together(text))) for subject, pair, text in pairs]
     whole = [r for r in reports if r.findings and r.impression]
@@ -381,9 +381,10 @@ def main(argv=None):
     for c in c, e:
         c.add_argument("--tokens", type=int, default=TOKENS, help="N, tokens of a report (sec. 4.6)")
         c.add_argument("--batch", type=int, default=32, help="reports a step, over all processes")
-        c.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu", help="where it runs")
+        c.add_argument("--device", choices=("cuda", "cpu"), help="default whichever is there")
     with exits():
         a = p.parse_args(argv)
+        a.device = choose_device(a.device)
         for name, value in vars(a).items():
             low, high = dict(steps=(0, 2 ** 31), seed=(0, 2 ** 31), lr=(0, 1), held_out=(0, 1), dropout=(0, 1)).get(name, (1, 2 ** 31))
             if type(value) in (int, float) and not low <= value < high:

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Cases, cases, exits, keep_memory, picture, write_atomic
+from data import Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
 from diffusion import ddim_sample, loss, times
 from unet3d import UNet3D
 
@@ -45,7 +45,7 @@ def arg(default, help):
 class Config:
     data: str = arg("data/train", "folder of cases (data.py, phantom.py), their text embedded by text_encoder.py")
     out: str = arg("runs/low", "run folder: last.pt, low.safetensors, loss.csv, pictures")
-    preset: str = arg("", "paper, or demo: 32^3, minutes on two cores; default paper on a GPU, demo without")
+    preset: str = arg("", "paper, or demo: 32^3, an hour on two cores; stage 2 also light; default paper on a GPU, demo without")
     device: str = arg("", "cuda or cpu; default whichever is there")
     seed: int = arg(0, "decides the first weights, the order of cases and all noise")
     steps: int = arg(40_000, "optimizer updates")
@@ -85,7 +85,7 @@ def parse(config, doc, argv=None):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         p.add_argument("--" + f.name, default=f.default, help=f"{f.metadata['help']} (default {f.default!r}, demo {config.presets['demo'].get(f.name, f.default)!r})", **kind)
     first = p.parse_args(argv)
-    device = first.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(first.device)
     preset = first.preset or ("paper" if device.startswith("cuda") else "demo")
     if preset not in config.presets:
         raise ValueError(f"--preset {preset}; presets are {', '.join(config.presets)}; choose one")
@@ -99,6 +99,8 @@ def parse(config, doc, argv=None):
             raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
         if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
             raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
+        if f.name in ("drop", "ema") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
+            raise ValueError(f"--{f.name} {value}; drop and ema are at most 1, clip is more than 0, a seed below 2^23; change it")
     return cfg
 
 
@@ -153,7 +155,10 @@ def all_folders(cfg):
     if len(folders) <= cfg.holdout:
         raise ValueError(f"{cfg.data}: {len(folders)} cases, {cfg.holdout} to be held out; a trainer needs cases; make some with "
                          f"`python phantom.py --out {cfg.data} --n 512` or `python data.py prepare ...`, or lower --holdout")
-    return folders[:len(folders) - cfg.holdout], folders[len(folders) - cfg.holdout:]
+    chest = lambda folder: folder.name.split("_text")[0]                 # phantom.py --texts makes several cases of one chest
+    held_out = folders[len(folders) - cfg.holdout:]
+    kept = {chest(f) for f in held_out}
+    return [f for f in folders if chest(f) not in kept], held_out
 
 
 def load_checkpoint(out, cfg):
@@ -175,7 +180,7 @@ def load_checkpoint(out, cfg):
             raise ValueError(f"{path}: a run of kind {state['kind']} that differs in {', '.join(differing) or 'kind'}; a run keeps its "
                              "configuration; repeat its options or choose another --out")
         return state
-    if (out / "last.pt").exists():
+    if (out / "last.pt").exists() or (out / "previous.pt").exists():
         raise ValueError(f"{out}: no checkpoint is readable; a run is never restarted silently; remove the folder to begin anew")
     return None
 
@@ -193,6 +198,12 @@ def export(path, cfg, ema, grid, step, n):
                  provenance=dict(command=" ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]), cases=n, config=asdict(cfg)))
     weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
     write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
+
+
+def ignore_signals(_):
+    """For loader workers: when to stop is the training process's to decide."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
 
 
 @torch.no_grad()
@@ -222,13 +233,17 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
     if state:
         step = state["step"]
         net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
+        if cfg.zero and world > 1:
+            for s in opt.optim.state.values():                           # ZeroRedundancyOptimizer puts it on the CPU, where a fused AdamW on a GPU fails
+                s["step"] = s["step"].to(device)
+        del state                                                        # 11 GB at the paper's size
     model = net if world == 1 else DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     accum = cfg.batch // (cfg.micro * world)
     numbers = [range(k, k + cfg.micro) for s in range(step, cfg.steps) for k in                    # this process's samples, micro-batch by micro-batch
                range(s * cfg.batch + rank * cfg.micro, (s + 1) * cfg.batch, cfg.micro * world)]
     loader = DataLoader(dataset, batch_sampler=numbers, num_workers=cfg.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=lambda _: [signal.signal(s, signal.SIG_IGN) for s in (signal.SIGTERM, signal.SIGINT)])   # stopping is ours to decide
+                        worker_init_fn=ignore_signals)
     batches = iter(loader)
 
     def backward(batch, scale):
@@ -238,7 +253,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         return value.detach()
 
     if world > 1:                                                        # DDP re-buckets after its first backward, which would
-        backward(torch.utils.data.default_collate([dataset[rank]]), 0.0)  # change sums once after every start
+        backward(torch.utils.data.default_collate([dataset[rank]] * cfg.micro), 0.0)  # change sums once after every start
         opt.zero_grad()
     rows = io.StringIO()
     log = csv.writer(rows)
@@ -251,13 +266,14 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
                 value += backward(next(batches), 1 / accum)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         if not torch.isfinite(norm):                                     # after all-reduce: every process sees it alike
-            raise RuntimeError(f"step {step + 1}: the gradient is not finite; weights are left as they were; resume with a lower --lr or --no-amp")
+            raise RuntimeError(f"step {step + 1}: the gradient is not finite; weights are left as they were; begin anew in another --out with a lower --lr or --no-amp")
         opt.step()
         opt.zero_grad()
         step += 1
         if step < cfg.ema_start or step % cfg.ema_every == 0:
             weight = 1.0 if step < cfg.ema_start else 1 - cfg.ema
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), weight)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), weight)
         agreed = torch.stack([value / world, torch.tensor(float(len(asked)), device=device)])
         if world > 1:
             dist.all_reduce(agreed)                                      # all stop after the same step, or none does

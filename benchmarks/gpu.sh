@@ -21,4 +21,6 @@ python text_encoder.py train --scratch --reports data/reports.jsonl --out runs/t
 python text_encoder.py embed data/train --model runs/text --tokens 128 >> "$OUT/text.log" 2>&1
 timeout 420 python train_low.py --preset demo --batch 16 --micro 16 --steps 20000 --workers 4 > "$OUT/low.log" 2>&1
 timeout 300 python train_sr.py --preset demo --batch 8 --micro 8 --steps 10000 --workers 4 > "$OUT/sr.log" 2>&1
-for f in runs/low/low.safetensors runs/sr/sr.safetensors runs/low/loss.csv; do cp "$f" "$OUT/" || echo "missing: $f" >> "$OUT/device.txt"; done
+cp -r runs/text "$OUT/"                                                   # the weights are of no use without the text encoder that they saw
+for f in runs/low/low.safetensors runs/low/loss.csv runs/sr/sr.safetensors; do cp "$f" "$OUT/" || echo "missing: $f" >> "$OUT/device.txt"; done
+cp runs/sr/loss.csv "$OUT/loss_sr.csv"

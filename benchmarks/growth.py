@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import unet3d
-from data import exits, keep_memory, write_atomic
+from data import exits, keep_memory, pyplot, write_atomic
 from unet3d import UNet3D
 
 G_BYTES = 4 * 716_215_684                        # float32 gradients of the paper's G
@@ -141,6 +141,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     with exits():
         keep_memory()
+        args.out.mkdir(parents=True, exist_ok=True)
         if args.worker:
             return worker()
         if args.one:
@@ -160,9 +161,7 @@ def main(argv=None):
 
 
 def draw(path, found):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(12, 3.6))
     e, forward, forward_mb, step, step_mb = zip(*found["edge"])
     a.loglog(e, forward, "o-", label="forward, s"), a.loglog(e, step, "s-", label="training step, s")

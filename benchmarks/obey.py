@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import phantom
 import text_encoder
-from data import CHANNELS, FOV, MASKS, SCALE, cases, decode, encode, exits, keep_memory, upsample, write_atomic
+from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, keep_memory, upsample, write_atomic
 from diffusion import ddim_sample, times
 from evaluate import dice, dots, measure_phantom
 from sample import generate, load_stages, place
@@ -46,6 +46,7 @@ class Model:
 
     def sample(self, seed, report=None, known=None, fixed=(), full=False):
         """-> {channel: (G,G,G) HU or labels}"""
+        known = None if known is None else known.to(self.args.device)
         context = self.encoder.encode([report])[0].to(self.args.device) if report else None
         x = generate(self.low, self.sr if full else None, seed, self.grid, self.args, context, known, fixed)
         return {c: decode(c, v) for c, v in zip(CHANNELS, x.numpy())}
@@ -266,11 +267,13 @@ def main(argv=None):
     p.add_argument("--solver", choices=("ddim", "dpm"), default="dpm")
     p.add_argument("--low-steps", type=int, default=20)
     p.add_argument("--sr-steps", type=int, default=8)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="cuda or cpu; default whichever is there")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where obey.json and obey.png appear")
     args = p.parse_args(argv)
     with exits():
         keep_memory()
+        args.out.mkdir(parents=True, exist_ok=True)
+        args.device = choose_device(args.device)
         args.amp, args.slab, args.compile, args.guidance_interval = True, 0, args.device == "cuda", (0.0, 1.0)
         model = Model(args)
         model.order = 2 if args.solver == "dpm" else 1

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import phantom
 import text_encoder
-from data import CHANNELS, SCALE, decode, encode, exits, keep_memory, upsample, write_atomic
+from data import CHANNELS, SCALE, decode, encode, exits, keep_memory, pyplot, upsample, write_atomic
 from diffusion import ddim_sample, times
 from evaluate import dice
 from sample import load_stages
@@ -51,6 +51,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     with exits():
         keep_memory()
+        args.out.mkdir(parents=True, exist_ok=True)
         stages = load_stages(args.model)
         if "sr" not in stages:
             raise ValueError(f"{args.model}: no stage-2 weights; both stages are measured; name a whole model")
@@ -84,9 +85,7 @@ def main(argv=None):
 
 
 def draw(path, result):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     fig, axes = plt.subplots(1, len(result), figsize=(9, 3.4))
     for ax, (stage, solvers) in zip(axes, result.items()):
         for solver, rows in solvers.items():

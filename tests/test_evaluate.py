@@ -1,5 +1,6 @@
 """Every measurer against a value known otherwise: closed forms, analytic shapes, phantoms' truth, the thing itself."""
 import csv
+import gzip
 
 import nibabel
 import numpy as np
@@ -169,10 +170,14 @@ def test_fid_command_prints_the_floor_and_keeps_features(folders, tmp_path, monk
     for group in ("well", "ill"):
         for case in (folders / group).iterdir():
             (root / f"{group}{case.name}").mkdir()
-            (root / f"{group}{case.name}" / "ct.nii.gz").write_bytes((case / "ct.nii.gz").read_bytes())
+            raw, name = (case / "ct.nii.gz").read_bytes(), "ct.nii.gz"
+            if group == "ill":                                           # uncompressed ones count as well, each with its own features
+                raw, name = gzip.decompress(raw), "ct.nii"
+            (root / f"{group}{case.name}" / name).write_bytes(raw)
     evaluate.main(["fid", str(root), str(root), "--edge", "32", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "RANDOM network" in out and "real vs real, 3 each" in out
+    kept = np.load(root / "features_random_32.npz")
+    assert len({kept[k].tobytes() for k in kept}) == 6 and "RANDOM network" in out and "real vs real, 3 each" in out
     assert float(out.split("real vs fake ")[1].split()[0]) == pytest.approx(0, abs=1e-4)
     monkeypatch.setattr(evaluate.ResNet50, "forward", None)              # the second time comes from the store
     evaluate.main(["fid", str(root), str(root), "--edge", "32", "--device", "cpu"])
@@ -192,7 +197,9 @@ def test_what_is_missing_is_named(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a/x").mkdir(parents=True)
     nibabel.save(nibabel.Nifti1Image(np.arange(8 ** 3).reshape(8, 8, 8).astype(np.int16) - 300, np.eye(4)), tmp_path / "a/x/ct.nii.gz")
-    for args, words in ((["airway", "none"], "no such folder"), (["airway", "a"], "no airway.nii.gz"), (["effusion", "a", "--segment", "totalseg"], "TotalSegmentator"),
+    for name in ("lobe", "airway"):
+        nibabel.save(nibabel.Nifti1Image(np.eye(3)[..., None].repeat(3, 2).astype(np.uint8), np.eye(4)), tmp_path / f"a/x/{name}.nii.gz")
+    for args, words in ((["laa", "a"], "one grid is needed"), (["ctr", "a"], "no heart.nii.gz"), (["airway", "none"], "no such folder"), (["effusion", "a", "--segment", "totalseg"], "TotalSegmentator"),
                         (["dice", "a"], "one or two segmentations"), (["fid", "a", "a"], "at least 4")):
         with pytest.raises(SystemExit) as e:
             evaluate.main(args)

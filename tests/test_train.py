@@ -129,7 +129,9 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
     capsys.readouterr()
     for args, words in [(["--data", tmp_path / "none"], "phantom.py"), (["--data", phantoms, "--out", tmp_path / "a", "--dim", "16"], "dim 8 -> 16"),
                         (["--data", phantoms, "--batch", "3"], "multiple"), (["--data", phantoms, "--lr", "nan"], "--lr nan"),
-                        (["--data", phantoms, "--preset", "huge"], "presets are paper, demo"), (["--data", phantoms, "--steps", "0"], "--steps 0")]:
+                        (["--data", phantoms, "--preset", "huge"], "presets are paper, demo"), (["--data", phantoms, "--steps", "0"], "--steps 0"),
+                        (["--data", phantoms, "--seed", 2**23], "below 2^23"), (["--data", phantoms, "--ema", "1.5"], "at most 1"),
+                        *[(["--data", phantoms, "--device", "cuda"], "no GPU")] * (not torch.cuda.is_available()), (["--data", phantoms, "--device", "tpu"], "cuda or cpu")]:
         code, err = fails(capsys, *TINY, *args)
         assert code == 2 and words in err and err.count("\n") == 1, err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)
@@ -158,5 +160,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(phantoms, tmp_path, c
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "a" / name).write_bytes(b"junk")
-    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--steps", 6)
-    assert code == 2 and "no checkpoint is readable" in err
+    for there in ("last.pt", "previous.pt"):                             # both; then the older alone, as a kill between two renames leaves it
+        code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--steps", 6)
+        assert code == 2 and "no checkpoint is readable" in err
+        (tmp_path / "a" / there).unlink()
+
+
+def test_the_running_average_remembers_no_gradients(phantoms, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_low, "export", lambda path, cfg, ema, *rest: seen.extend(ema.parameters()))
+    low(phantoms, tmp_path, "--steps", 5)
+    assert seen and not any(p.requires_grad or p.grad_fn for p in seen)
+
+
+def test_a_chest_is_trained_on_or_held_out(phantoms, tmp_path):
+    for name in ("a", "a_text1", "a_text2", "b", "b_text1", "b_text2"):
+        os.symlink(cases(phantoms)[0], tmp_path / name)
+    train, held_out = train_low.all_folders(train_low.Config(data=str(tmp_path), holdout=2))
+    assert [f.name for f in train] == ["a", "a_text1", "a_text2"] and [f.name for f in held_out] == ["b_text1", "b_text2"]

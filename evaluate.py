@@ -381,7 +381,7 @@ def prompts(args):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
             if len(list(out.glob("*/ct.nii.gz"))) != args.n:             # none yet, or an earlier run was interrupted
                 shutil.rmtree(out, ignore_errors=True)
-                sample.main(["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else [])])
+                sample.main(["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else []), *args.options.split()])
             values = [measure(command.strip(), case, args.segment) for case in case_folders(out)]
             print(f"{command.strip() + ', ' + UNITS[command.strip()]:20}{text.strip()[:62]:64}{len(values):4d}{np.mean(values):10.3g} ± {np.std(values):.3g}")
             rows += [dict(folder=str(out), case=text.strip(), measure=command.strip(), value=v, unit=UNITS[command.strip()]) for v in values]
@@ -474,6 +474,7 @@ def main(argv=None):
     q.add_argument("file", help="lines `measure | prompt | prompt`")
     q.add_argument("--n", type=int, default=32, help="samples a prompt (the paper: 32)")
     q.add_argument("--out", default="out/prompts"), q.add_argument("--model")
+    q.add_argument("--options", default="", help='further options of sample.py, such as "--stop-at-low --solver dpm --low-steps 20": stage 1 alone, quickly')
     q.add_argument("--segment", default="phantom", choices=("none", "phantom", "totalseg"))
     q = command("phantoms", phantoms, help="the measurers against the truth of fresh phantoms")
     q.add_argument("--n", type=int, default=100), q.add_argument("--grid", type=int, default=128), q.add_argument("--seed", type=int, default=90000)

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -45,6 +46,7 @@ def arg(default, help):
 class Config:
     data: str = arg("data/train", "folder of cases (data.py, phantom.py), their text embedded by text_encoder.py")
     out: str = arg("runs/low", "run folder: last.pt, low.safetensors, loss.csv, pictures")
+    init: str = arg("", "low.safetensors or sr.safetensors of another run to begin from, instead of random weights")
     preset: str = arg("", "paper, or demo: 32^3, an hour on two cores; stage 2 also light; default paper on a GPU, demo without")
     device: str = arg("", "cuda or cpu; default whichever is there")
     seed: int = arg(0, "decides the first weights, the order of cases and all noise")
@@ -75,7 +77,7 @@ class Config:
                                                  checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
-FREE = {"data", "out", "device", "steps", "micro", "checkpointing", "compile", "zero", "workers", "log_every", "save_every", "show_every"}   # may change on resume
+FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "workers", "log_every", "save_every", "show_every"}   # may change on resume
 
 
 def parse(config, doc, argv=None):
@@ -198,6 +200,19 @@ def export(path, cfg, ema, grid, step, n):
                  provenance=dict(command=" ".join(["python", *map(os.path.basename, sys.argv[:1]), *sys.argv[1:]]), cases=n, config=asdict(cfg)))
     weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
     write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
+
+
+def begin_from(path, kind, net):
+    """The weights that `export` wrote, into `net`, to train on from there."""
+    try:
+        with safe_open(path, "pt") as f:
+            about, state = json.loads((f.metadata() or {}).get("medsyn", "{}")), {k: f.get_tensor(k).float() for k in f.keys()}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"--init {path}: not readable safetensors ({e}); weights that a trainer wrote are needed; check the path") from None
+    if about.get("kind") != kind or about["args"] != net.args:
+        differing = {k: v for k, v in about.get("args", {}).items() if v != net.args.get(k)}
+        raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing or 'no arguments'} there; this run is {kind} and has others; pass the options of that network")
+    net.load_state_dict(state)
 
 
 def ignore_signals(_):
@@ -340,7 +355,10 @@ def run(cfg, make_net, make_data, loss_fn, samples_fn):
             print(f"preset {cfg.preset} on {device}, {world} process(es)")
         dataset, held_out = make_data(cfg)
         with alone(Path(cfg.out), rank) as asked:
-            train(cfg, make_net(cfg, dataset), dataset, held_out, loss_fn, samples_fn, device, rank, world, asked)
+            net = make_net(cfg, dataset)
+            if cfg.init:
+                begin_from(cfg.init, cfg.kind, net)
+            train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world, asked)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

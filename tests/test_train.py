@@ -166,6 +166,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(phantoms, tmp_path, c
         (tmp_path / "a" / there).unlink()
 
 
+def test_a_run_begins_from_the_weights_of_another(phantoms, tmp_path, capsys):
+    low(phantoms, tmp_path / "a", "--steps", 2)
+    low(phantoms, tmp_path / "b", "--steps", 1, "--init", tmp_path / "a/low.safetensors", "--lr", 0)
+    (a, _), (b, about) = (exported(tmp_path / out, "low") for out in "ab")
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and about["provenance"]["config"]["init"]
+    capsys.readouterr()
+    for args, words in [(["--init", tmp_path / "none"], "not readable"), (["--init", tmp_path / "a/low.safetensors", "--dim", 16], "'dim': 8")]:
+        code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "c", *args)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+
+
 def test_the_running_average_remembers_no_gradients(phantoms, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_low, "export", lambda path, cfg, ema, *rest: seen.extend(ema.parameters()))

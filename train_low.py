@@ -67,13 +67,14 @@ class Config:
     dim: int = arg(160, "width of the first level (sec. 4.5)")
     levels: int = arg(4, "levels of the UNet, each twice as wide")
     heads: int = arg(8, "attention heads of 32 channels; released code")
+    pooled: bool = arg(False, "the text is also pooled into the time embedding, with which small networks obey sooner; not in the paper")
     holdout: int = arg(8, "cases, the last by name, kept from training for the validation loss and the picture")
     workers: int = arg(4, "loader processes per process")
     log_every: int = arg(10, "steps between lines of loss.csv")
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, batch=4, micro=4, lr=1e-3, steps=5000, ema_start=1000, holdout=32,
+    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, batch=4, micro=4, lr=1e-3, steps=5000, ema_start=1000, holdout=32,
                                                  checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
@@ -209,10 +210,12 @@ def begin_from(path, kind, net):
             about, state = json.loads((f.metadata() or {}).get("medsyn", "{}")), {k: f.get_tensor(k).float() for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"--init {path}: not readable safetensors ({e}); weights that a trainer wrote are needed; check the path") from None
-    if about.get("kind") != kind or about["args"] != net.args:
-        differing = {k: v for k, v in about.get("args", {}).items() if v != net.args.get(k)}
-        raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing or 'no arguments'} there; this run is {kind} and has others; pass the options of that network")
-    net.load_state_dict(state)
+    differing = {k: v for k, v in about.get("args", {}).items() if v != net.args[k] and k != "pooled"}
+    if about.get("kind") != kind or differing:
+        raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has others; pass the options of that network")
+    new = net.load_state_dict(state, strict=False).missing_keys          # of text pooling where there was none
+    if any(not k.startswith("pool.") for k in new):
+        raise ValueError(f"--init {path}: lacks {', '.join(new)}; a whole network is needed; name another file")
 
 
 def ignore_signals(_):
@@ -371,7 +374,7 @@ def low_data(cfg):
 
 def low_net(cfg, dataset):
     tokens, width = dataset[0][2].shape
-    return UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, checkpointing=cfg.checkpointing)
+    return UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, checkpointing=cfg.checkpointing)
 
 
 def main(argv=None):

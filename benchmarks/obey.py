@@ -29,6 +29,7 @@ from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, enco
 from diffusion import ddim_sample, times
 from evaluate import dice, dots, measure_phantom
 from sample import generate, load_stages, place
+from unet3d import TextPool
 
 HELD_OUT = 90_000                                                         # first seed; training phantoms have seeds far from here
 
@@ -66,19 +67,6 @@ def every_fourth(case):
 FINDINGS = ("left effusion", "right effusion", "large", "cardiomegaly", "bullae", "consolidation")
 
 
-class Reader(torch.nn.Module):
-    """16 learned queries attend to the text states, as the voxels of stage 1 do.   (B,N,width) -> (B,findings) logits"""
-
-    def __init__(self, width):
-        super().__init__()
-        self.q, self.kv = torch.nn.Parameter(torch.randn(16, 32)), torch.nn.Linear(width, 64, bias=False)
-        self.out = torch.nn.Sequential(torch.nn.Linear(16 * 32, 64), torch.nn.ReLU(), torch.nn.Linear(64, len(FINDINGS)))
-
-    def forward(self, context):
-        k, v = self.kv(context).chunk(2, -1)
-        return self.out(torch.nn.functional.scaled_dot_product_attention(self.q.expand(len(context), -1, -1), k, v).flatten(1))
-
-
 def reports_and_findings(n, seed, wording):
     """-> n reports, which FINDINGS each has (n,findings) float"""
     texts, found = [], []
@@ -91,7 +79,7 @@ def reports_and_findings(n, seed, wording):
 
 
 def reading(model, n):
-    """Accuracy over n reports of a Reader trained on 3,000 others."""
+    """Accuracy over n reports of a TextPool, which reads as stage 1 does, trained on 3,000 others."""
     sets = [reports_and_findings(*which) for which in ((3000, HELD_OUT, "train"), (n, HELD_OUT + 1, "train"), (n, HELD_OUT + 1, "held-out"))]
     table = {"commonest answer": {f"{w}, {name}": max(m, 1 - m) for w, (_, y) in zip(("training", "held-out"), sets[1:]) for name, m in zip(FINDINGS, y.mean(0).tolist())}}
     for who in ("this text model", "random weights"):
@@ -99,7 +87,7 @@ def reading(model, n):
         if who == "random weights":
             model.encoder.bert.apply(model.encoder.bert._init_weights)    # as before its training
         states = [torch.cat([model.encoder.encode(texts[i:i + 100])[0].cpu() for i in range(0, len(texts), 100)]) for texts, _ in sets]
-        reader = Reader(states[0].shape[-1])
+        reader = TextPool(states[0].shape[-1], len(FINDINGS))
         opt = torch.optim.AdamW(reader.parameters(), 2e-3)
         for _ in tqdm(range(700), desc=who, leave=False):
             pick = torch.randint(len(states[0]), (64,))

@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -33,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
+from data import CHANNELS, Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
 from diffusion import ddim_sample, loss, times
 from unet3d import UNet3D
 
@@ -68,6 +69,7 @@ class Config:
     levels: int = arg(4, "levels of the UNet, each twice as wide")
     heads: int = arg(8, "attention heads of 32 channels; released code")
     pooled: bool = arg(False, "the text is also pooled into the time embedding, with which small networks obey sooner; not in the paper")
+    warm_up: int = arg(1200, "with --pooled: steps in which the pooling learns to read, before the network hears it")
     holdout: int = arg(8, "cases, the last by name, kept from training for the validation loss and the picture")
     workers: int = arg(4, "loader processes per process")
     log_every: int = arg(10, "steps between lines of loss.csv")
@@ -372,9 +374,26 @@ def low_data(cfg):
     return Cases(folders, cfg.seed), Cases(held, cfg.seed) if held else None
 
 
+def warm_up(cfg, pool, dataset, batch=64, edge=8):
+    """Teach the pooled text to say what a chest looks like before the UNet listens: with one linear layer behind it, it predicts x_0 on an 8^3 grid
+    from the text alone, which is eq. 5 at t = 1. A minute of this saves thousands of steps in which a UNet tells no left from right.   -> its last loss
+    """
+    see = torch.nn.Linear(pool.read[-1].out_features, len(CHANNELS) * edge**3)
+    opt = torch.optim.AdamW([*pool.parameters(), *see.parameters()], lr=2e-3)
+    batches = DataLoader(dataset, batch, sampler=range(batch * cfg.warm_up), num_workers=cfg.workers, worker_init_fn=ignore_signals)
+    for _, x0, text in tqdm(batches, desc="warm up text", leave=False, mininterval=2, disable=int(os.environ.get("RANK", 0)) > 0):
+        value = (see(F.silu(pool(text))) - F.adaptive_avg_pool3d(x0, edge).flatten(1)).square().mean()
+        value.backward()
+        opt.step(), opt.zero_grad()
+    return value.item()
+
+
 def low_net(cfg, dataset):
     tokens, width = dataset[0][2].shape
-    return UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, checkpointing=cfg.checkpointing)
+    net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, checkpointing=cfg.checkpointing)
+    if cfg.pooled and cfg.warm_up and not (Path(cfg.out) / "last.pt").exists():
+        warm_up(cfg, net.pool, dataset)
+    return net
 
 
 def main(argv=None):

@@ -285,8 +285,7 @@ class UNet3D(nn.Module):
     in_channels: 4 for G; 8 for H, whose input is [low, xt].   heads: of 32 channels each.   rounds: at the bottom, 4 in G, 1 in H.
     context_dim, tokens: of the text (B,tokens,context_dim); context_dim 0 is a network without text.
     bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper's words for H).
-    pooled: the text, pooled, is also added to the time embedding, so that every Block knows it: a small network learns to obey in a fraction
-    of the steps that cross-attention at the bottom alone takes. Not in the paper.
+    pooled: the text, pooled, is also added to the time embedding, so that every Block knows it. Not in the paper.
     patch: 2 folds cubes of 2^3 voxels into channels first and unfolds them last: a fifth of the arithmetic. Not in the paper.
     checkpointing: "none"; "norms" recomputes norms and activations in the backward pass; "blocks" recomputes whole Blocks.
     net.slab = n: inference holds few whole tensors of the full resolution and makes the rest n slices at a time, to the same result.
@@ -308,7 +307,6 @@ class UNet3D(nn.Module):
         self.time = nn.Sequential(nn.Linear(dim, T), nn.GELU(), nn.Linear(T, T))
         if pooled:
             self.pool = TextPool(context_dim, T)
-            nn.init.zeros_(self.pool.read[-1].weight), nn.init.zeros_(self.pool.read[-1].bias)      # at first the network is the one without
         self.downs = nn.ModuleList(Down(w[i], w[i + 1], T, i == levels - 1) for i in range(levels))
         self.first = Block(w[-1], w[-1], T)
         self.attend = Attention(w[-1], heads)

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train_low
 import train_sr
 from data import Cases, cases
 from diffusion import ddim_sample, times
 from sample import read_safetensors
-from unet3d import UNet3D
+from unet3d import TextPool, UNet3D
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "2", "--heads", "1", "--batch", "4", "--micro", "2", "--workers", "0",
-        "--holdout", "1", "--show_every", "1000", "--log_every", "1", "--ema_start", "3"]
+        "--holdout", "1", "--warm_up", "0", "--show_every", "1000", "--log_every", "1", "--ema_start", "3"]
 
 
 def weights(out, kind="low"):
@@ -40,9 +41,9 @@ def low(phantoms, out, *more):
 
 
 def test_resume_is_bit_exact_at_odd_places(phantoms, tmp_path):
-    low(phantoms, tmp_path / "whole", "--steps", 7, "--save_every", 100)
+    low(phantoms, tmp_path / "whole", "--steps", 7, "--save_every", 100, "--warm_up", 2)
     for until in (1, 3, 4, 7):                                           # 5 cases, 4 a step: within and across epochs
-        low(phantoms, tmp_path / "parts", "--steps", until, "--save_every", 2)
+        low(phantoms, tmp_path / "parts", "--steps", until, "--save_every", 2, "--warm_up", 2)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     rows = list(csv.DictReader(open(tmp_path / "parts/loss.csv")))
     whole = list(csv.DictReader(open(tmp_path / "whole/loss.csv")))
@@ -92,7 +93,7 @@ def test_300_steps_on_one_case_give_that_case_back(phantoms, tmp_path):
     one.mkdir()
     os.symlink(cases(phantoms)[0], one / "only")
     train_low.main(["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "1", "--heads", "1", "--lr", "3e-3", "--batch", "2", "--micro", "2", "--workers", "0",
-                    "--holdout", "0", "--data", str(one), "--out", str(tmp_path / "run"), "--steps", "300", "--log_every", "1", "--ema_start", "250"])
+                    "--holdout", "0", "--warm_up", "0", "--data", str(one), "--out", str(tmp_path / "run"), "--steps", "300", "--log_every", "1", "--ema_start", "250"])
     losses = [float(r["loss"]) for r in csv.DictReader(open(tmp_path / "run/loss.csv"))]
     assert sum(losses[-20:]) < sum(losses[:20]) / 10
     net, about = exported(tmp_path / "run", "low")
@@ -164,6 +165,15 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(phantoms, tmp_path, c
         code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--steps", 6)
         assert code == 2 and "no checkpoint is readable" in err
         (tmp_path / "a" / there).unlink()
+
+
+def test_the_pooled_text_learns_to_say_what_a_chest_looks_like(phantoms):
+    dataset, losses = Cases(cases(phantoms), 0), []
+    for steps in (1, 250):
+        torch.manual_seed(0)
+        losses.append(train_low.warm_up(train_low.Config(warm_up=steps, workers=0), TextPool(16, 32), dataset, batch=5))
+    x0 = torch.stack([F.adaptive_avg_pool3d(dataset[k][1], 8) for k in range(5)])
+    assert losses[1] < (x0 - x0.mean(0)).square().mean() < losses[0]     # better than the mean chest: it read whose report it is
 
 
 def test_a_run_begins_from_the_weights_of_another(phantoms, tmp_path, capsys):

@@ -58,6 +58,7 @@ class Config:
     decay: float = arg(0.01, "weight decay; released code")
     clip: float = arg(1.0, "largest gradient norm")
     drop: float = arg(0.1, "share of samples that train the null text; released code")
+    late: float = arg(0.0, "share of samples whose t is drawn from [0.8,1], where the text decides; 0 is the paper's")
     ema: float = arg(0.999, "decay of the running average; released code")
     ema_every: int = arg(1, "steps between its updates; released code")
     ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
@@ -76,7 +77,7 @@ class Config:
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, batch=4, micro=4, lr=1e-3, steps=5000, ema_start=1000, holdout=32,
+    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, late=0.6, batch=4, micro=4, lr=1e-3, steps=5000, ema_start=1000, holdout=32,
                                                  checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
@@ -104,8 +105,8 @@ def parse(config, doc, argv=None):
             raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
         if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
             raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
-        if f.name in ("drop", "ema") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
-            raise ValueError(f"--{f.name} {value}; drop and ema are at most 1, clip is more than 0, a seed below 2^23; change it")
+        if f.name in ("drop", "ema", "late") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
+            raise ValueError(f"--{f.name} {value}; drop, ema and late are at most 1, clip is more than 0, a seed below 2^23; change it")
     return cfg
 
 
@@ -126,6 +127,7 @@ def low_loss(cfg, net, batch):
     """Eq. 9 for a batch (k, x0 (B,4,g,g,g), text (B,N,width)); the text is dropped with p = cfg.drop."""
     keys, x0, text = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
+    t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # none of these drops its text: u < cfg.drop does
     return loss(net, x0, t, eps, context=text, drop=u < cfg.drop)
 
 

@@ -55,6 +55,7 @@ class Config:
     batch: int = arg(64, "samples per optimizer step over all processes")
     micro: int = arg(4, "samples per process at a time; the rest of the batch is accumulated")
     lr: float = arg(1e-4, "AdamW, betas (0.9, 0.999)")
+    cool: float = arg(0.0, "share of the steps, the last ones, over which lr falls linearly to 0; 0 is the paper's constant")
     decay: float = arg(0.01, "weight decay; released code")
     clip: float = arg(1.0, "largest gradient norm")
     drop: float = arg(0.1, "share of samples that train the null text; released code")
@@ -105,8 +106,8 @@ def parse(config, doc, argv=None):
             raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
         if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
             raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
-        if f.name in ("drop", "ema", "late") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
-            raise ValueError(f"--{f.name} {value}; drop, ema and late are at most 1, clip is more than 0, a seed below 2^23; change it")
+        if f.name in ("drop", "ema", "late", "cool") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
+            raise ValueError(f"--{f.name} {value}; drop, ema, late and cool are at most 1, clip is more than 0, a seed below 2^23; change it")
     return cfg
 
 
@@ -289,6 +290,8 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
         if not torch.isfinite(norm):                                     # after all-reduce: every process sees it alike
             raise RuntimeError(f"step {step + 1}: the gradient is not finite; weights are left as they were; begin anew in another --out with a lower --lr or --no-amp")
+        for group in opt.param_groups:
+            group["lr"] = cfg.lr * min(1, (cfg.steps - step) / max(1, cfg.cool * cfg.steps))
         opt.step()
         opt.zero_grad()
         step += 1

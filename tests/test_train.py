@@ -187,6 +187,16 @@ def test_a_run_begins_from_the_weights_of_another(phantoms, tmp_path, capsys):
         assert code == 2 and words in err and err.count("\n") == 1, err
 
 
+def test_the_learning_rate_falls_at_the_end(phantoms, tmp_path):
+    rates = []
+    for until in (2, 3, 4):
+        low(phantoms, tmp_path / str(until), "--steps", until, "--cool", 0.5, "--lr", 1e-3)
+        rates.append(torch.load(tmp_path / str(until) / "last.pt", weights_only=True)["opt"]["param_groups"][0]["lr"])
+    assert rates == pytest.approx([1e-3, 1e-3 / 1.5, 0.5e-3])            # of the last update: half of the steps are a line from lr to 0
+    low(phantoms, tmp_path / "plain", "--steps", 3, "--cool", 0, "--lr", 1e-3)
+    assert torch.load(tmp_path / "plain/last.pt", weights_only=True)["opt"]["param_groups"][0]["lr"] == 1e-3
+
+
 def test_the_running_average_remembers_no_gradients(phantoms, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_low, "export", lambda path, cfg, ema, *rest: seen.extend(ema.parameters()))

@@ -48,7 +48,7 @@ class Config:
     data: str = arg("data/train", "folder of cases (data.py, phantom.py), their text embedded by text_encoder.py")
     out: str = arg("runs/low", "run folder: last.pt, low.safetensors, loss.csv, pictures")
     init: str = arg("", "low.safetensors or sr.safetensors of another run to begin from, instead of random weights")
-    preset: str = arg("", "paper, or demo: 32^3, an hour on two cores; stage 2 also light; default paper on a GPU, demo without")
+    preset: str = arg("", "paper, or demo: 32^3, one and a half hours on two cores; stage 2 also light; default paper on a GPU, demo without")
     device: str = arg("", "cuda or cpu; default whichever is there")
     seed: int = arg(0, "decides the first weights, the order of cases and all noise")
     steps: int = arg(40_000, "optimizer updates")
@@ -78,7 +78,7 @@ class Config:
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, late=0.6, batch=4, micro=4, lr=1e-3, steps=5000, ema=0.995, ema_start=1000, holdout=32,
+    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, batch=4, micro=4, lr=1e-3, steps=7000, ema=0.995, ema_start=1000, holdout=32,
                                                  checkpointing="none", workers=1, save_every=100, show_every=500))
 
 

@@ -252,7 +252,8 @@ def main(argv=None):
     p.add_argument("--n", type=int, default=32, help="samples a prompt; distances")
     p.add_argument("--n-full", type=int, default=8, help="phantoms in the parts that need stage 2")
     p.add_argument("--data", default="data/train", help="the phantoms of the training, for `memory`")
-    p.add_argument("--guidance", type=float, default=2.0)
+    p.add_argument("--guidance", type=float, default=3.0)
+    p.add_argument("--guidance-interval", nargs=2, type=float, default=(0.7, 1.0), metavar=("FROM", "TO"), help="times t at which it is applied")
     p.add_argument("--solver", choices=("ddim", "dpm"), default="dpm")
     p.add_argument("--low-steps", type=int, default=20)
     p.add_argument("--sr-steps", type=int, default=8)
@@ -263,7 +264,7 @@ def main(argv=None):
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = choose_device(args.device)
-        args.amp, args.slab, args.compile, args.guidance_interval = True, 0, args.device == "cuda", (0.0, 1.0)
+        args.amp, args.slab, args.compile = True, 0, args.device == "cuda"
         model = Model(args)
         model.order = 2 if args.solver == "dpm" else 1
         store = args.out / "obey.json"

@@ -20,7 +20,7 @@ from unet3d import TextPool, UNet3D
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "2", "--heads", "1", "--batch", "4", "--micro", "2", "--workers", "0",
-        "--holdout", "1", "--warm_up", "0", "--show_every", "1000", "--log_every", "1", "--ema_start", "3"]
+        "--holdout", "1", "--warm_up", "0", "--cool", "0", "--show_every", "1000", "--log_every", "1", "--ema_start", "3"]
 
 
 def weights(out, kind="low"):

@@ -238,9 +238,10 @@ def memory(model, n, folder):
 
 def print_columns(title, table):
     names = list(dict.fromkeys(k for row in table.values() for k in row))
-    print(f"\n{title:28}" + "".join(f"{who:>22}" for who in table))
+    wide = max(22, 2 + max(map(len, table)))
+    print(f"\n{title:28}" + "".join(f"{who:>{wide}}" for who in table))
     for name in names:
-        print(f"{name:28}" + "".join(f"{row[name]:22.4g}" if name in row else " " * 22 for row in table.values()), flush=True)
+        print(f"{name:28}" + "".join(f"{row[name]:{wide}.4g}" if name in row else " " * wide for row in table.values()), flush=True)
 
 
 def main(argv=None):

@@ -79,7 +79,7 @@ def main(argv=None):
             for solver, rows in solvers.items():
                 for row in rows:
                     print(f"{solver:8}{row[0]:6d}" + "".join(f"{v:9.4f}" for v in row[1:]))
-        write_atomic(args.out / "steps.json", (json.dumps(dict(arguments={**vars(args), "out": str(args.out)}, low_step=about["step"], result=result), indent=1) + "\n").encode())
+        write_atomic(args.out / "steps.json", (json.dumps(dict(arguments=dict(model=Path(args.model).name, n=args.n, guidance=args.guidance), low_step=about["step"], result=result), indent=1) + "\n").encode())
         draw(args.out / "steps.png", result)
         print(f"wrote {args.out / 'steps.json'} and steps.png: {args.n} reports, model {args.model}")
 

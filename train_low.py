@@ -292,7 +292,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         if not torch.isfinite(norm):                                     # after all-reduce: every process sees it alike
             raise RuntimeError(f"step {step + 1}: the gradient is not finite; weights are left as they were; begin anew in another --out with a lower --lr or --no-amp")
         for group in opt.param_groups:
-            group["lr"] = cfg.lr * min(1, (cfg.steps - step) / max(1, cfg.cool * cfg.steps))
+            group["lr"] = cfg.lr * min(1, (cfg.steps - step) / max(1, cfg.cool * cfg.steps))       # not in the paper
         opt.step()
         opt.zero_grad()
         step += 1
@@ -398,9 +398,9 @@ def warm_up(cfg, pool, dataset, batch=64, edge=8):
         opt.step(), opt.zero_grad()
     with torch.no_grad():                                                # mean 0 and spread 1 over the reports: what is faint beside the time is heard late
         codes = torch.cat([pool(text) for *_, text in first])
-        spread = codes.std(0).clamp(min=1e-3)
-        pool.read[-1].weight /= spread[:, None]
-        pool.read[-1].bias.sub_(codes.mean(0)).div_(spread)
+        size = codes.std(0).clamp(min=1e-3)
+        pool.read[-1].weight /= size[:, None]
+        pool.read[-1].bias.sub_(codes.mean(0)).div_(size)
     return value.item()
 
 

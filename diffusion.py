@@ -5,10 +5,9 @@ All tensors x are (B,C,D,H,W), channels in the order CT, lobe, airway, vessel, v
 import math
 
 import torch
-import torch.nn.functional as F
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
-SPREAD = 0.05             # of a network's error near data, for `around`. Not in the paper
+MEAN = -0.4, -1.0, -1.0, -1.0  # of the channels over a chest, for `around`. Not in the paper
 
 
 def alpha_bar(t):
@@ -26,40 +25,39 @@ def q_sample(x0, t, eps):
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
 
-def loss(net, x0, t, eps, context=None, low=None, drop=None, most=1.0, octaves=1):
+def loss(net, x0, t, eps, context=None, low=None, drop=None, spread=0.0):
     """Eq. 5, 7, 9, 10: || net(x_t, t) - x_0 ||^2, mean over everything; the network predicts x_0.
 
     context: (B,N,width) text of stage 1.   drop: (B,) bool, which samples train the null text instead.
     low: (B,4,D,H,W), stage 2's low-resolution volume on the grid of x0.
-    most: the largest weight of a sample. It is 1 / (1 - abar), 1 at noise and growing towards data, as if velocities were compared (Salimans and
-    Ho 2022, arXiv 2202.00512), up to a limit (Hang et al. 2023, arXiv 2303.09556).   octaves: see `mean_square`.   1 and 1 are the paper's.   -> scalar
+    spread: of a network that is led `around`: the square is divided by `share`, so that what the network answers for counts alike at all t.   -> scalar
     """
-    error = net(with_low(q_sample(x0, t, eps), low), t, context, drop) - x0
-    return mean_square(error * (1 / (1 - alpha_bar(t))).clamp(max=most).sqrt(), octaves)
+    x0_hat = net(with_low(q_sample(x0, t, eps), low), t, context, drop)
+    error = (x0_hat - x0).square()
+    return (error / share(t, spread) if spread else error).mean()
 
 
-def mean_square(error, octaves):
-    """Mean square of the error and, for more octaves, of its means over cubes of 2^3, 4^3, ... voxels, times 2^2, 4^2, ...
+def share(t, spread):
+    """c = sigma^2 / (sigma^2 + spread^2), sigma^2 = (1 - abar) / abar: how much of x_0 is still to be found in x_t, per channel.   -> (B,4,1,1,1)
 
-    Edges make most of the square, one voxel at a time. What many voxels share, a liquid 40 HU too dense, is little of it, and waits for thousands
-    of steps; here each octave has its say. The best answer stays the same, the mean of x_0 given x_t, as for any square.   error: (B,C,D,H,W)
-    """
-    total = error.square().mean()
-    for k in (2**i for i in range(1, octaves)):
-        total = total + k**2 * F.avg_pool3d(error, k).square().mean()
-    return total
-
-
-def around(x, xt, t):
-    """x0_hat from two estimates: x, which a network made from x_t, off by some SPREAD, and x_t / sqrt(abar) itself, off by sigma.
-
-    c x + (1 - c) x_t / sqrt(abar), c = sigma^2 / (sigma^2 + SPREAD^2), sigma^2 = (1 - abar) / abar: each weighs as the other's variance. At most
-    times c is 1; in the last steps, where x_t is all but clean, the faults of a small network no longer matter. Not in the paper; a simpler
-    form of what Karras et al. 2022 (arXiv 2206.00364) do at all times.   x, xt: (B,4,D,H,W)   t: (B,)
+    t: (B,)   spread: of the CT, in [-1,1]; that of masks is 0.1, for they are rounded in the end, while the CT must be right to a few HU
     """
     abar = alpha_bar(t)
-    c = (1 - abar) / (1 - abar + SPREAD**2 * abar)
-    return c * x + (1 - c) * xt / abar.sqrt()
+    return (1 - abar) / (1 - abar + channels((spread, 0.1, 0.1, 0.1), t) ** 2 * abar)
+
+
+def channels(numbers, like):
+    return torch.tensor(numbers, device=like.device).reshape(-1, 1, 1, 1)
+
+
+def around(x, xt, t, spread):
+    """x_t led around a network whose output is x: x0_hat - m = (1 - c) (x_t / sqrt(abar) - m) + sqrt(c) (x - m).   x, xt: (B,4,D,H,W)   t: (B,)
+
+    Near noise c is 1, and x the estimate; near data x_t is, and what the network gets wrong counts for little.   m: MEAN, c: share(t, spread)
+    Karras et al. 2022 (arXiv 2206.00364), table 1, about a mean and with the scale of their outputs left to the network. Not in the paper.
+    """
+    c, m = share(t, spread), channels(MEAN, t)
+    return m + (1 - c) * (xt / alpha_bar(t).sqrt() - m) + c.sqrt() * (x - m)
 
 
 def with_low(xt, low):

@@ -60,8 +60,6 @@ class Config:
     clip: float = arg(1.0, "largest gradient norm")
     drop: float = arg(0.1, "share of samples that train the null text; released code")
     late: float = arg(0.0, "share of samples whose t is drawn from [0.8,1], where the text decides; 0 is the paper's")
-    most: float = arg(1.0, "largest weight of a sample in the loss: above 1, errors at less noise count for more (diffusion.loss); 1 is the paper's")
-    octaves: int = arg(1, "errors that 2^3, 4^3, ... voxels share count like those of one: 4 for cubes up to 8^3 (diffusion.mean_square); 1 is the paper's")
     ema: float = arg(0.999, "decay of the running average; released code")
     ema_every: int = arg(1, "steps between its updates; released code")
     ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
@@ -72,7 +70,7 @@ class Config:
     dim: int = arg(160, "width of the first level (sec. 4.5)")
     levels: int = arg(4, "levels of the UNet, each twice as wide")
     heads: int = arg(8, "attention heads of 32 channels; released code")
-    skip: bool = arg(False, "x_t also goes around the network, which counts near data (diffusion.around); not in the paper")
+    skip: float = arg(0.0, "x_t also goes around the network (diffusion.around), for a CT of this spread, and the loss counts all t alike: small networks get HU right sooner; 0 is the paper's")
     pooled: bool = arg(False, "the text is also pooled into the time embedding, with which small networks obey sooner; not in the paper")
     warm_up: int = arg(1200, "with --pooled: steps in which the pooling learns to read, before the network hears it")
     holdout: int = arg(8, "cases, the last by name, kept from training for the validation loss and the picture")
@@ -81,11 +79,11 @@ class Config:
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, skip=True, most=5.0, octaves=4, pooled=True, late=0.5, cool=0.35, batch=4, micro=4, lr=1e-3, steps=7000,
+    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, skip=0.5, pooled=True, late=0.5, cool=0.35, batch=4, micro=4, lr=1e-3, steps=7000,
                                                  ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
-FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "most", "octaves", "ema", "ema_every", "ema_start",
+FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "ema", "ema_every", "ema_start",
         "workers", "log_every", "save_every", "show_every"}              # may change on resume
 
 
@@ -108,7 +106,7 @@ def parse(config, doc, argv=None):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not (value >= 0 and value < float("inf")):
             raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
-        if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads", "octaves", "most") and value < 1:
+        if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
             raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
         if f.name in ("drop", "ema", "late", "cool") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
             raise ValueError(f"--{f.name} {value}; drop, ema, late and cool are at most 1, clip is more than 0, a seed below 2^23; change it")
@@ -133,7 +131,7 @@ def low_loss(cfg, net, batch):
     keys, x0, text = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # none of these drops its text: u < cfg.drop does
-    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, most=cfg.most, octaves=cfg.octaves)
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, spread=cfg.skip)
 
 
 def low_samples(cfg, net, dataset, device, n=2):

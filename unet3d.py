@@ -289,13 +289,13 @@ class UNet3D(nn.Module):
     bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper's words for H).
     pooled: the text, pooled, is also added to the time embedding, so that every Block knows it. Not in the paper.
     patch: 2 folds cubes of 2^3 voxels into channels first and unfolds them last: a fifth of the arithmetic. Not in the paper.
-    skip: x_t goes around the network too, which counts near data (`diffusion.around`). Not in the paper.
+    skip: spread of the CT for which x_t goes around the network too (`diffusion.around`), 0 for not at all. Not in the paper.
     checkpointing: "none"; "norms" recomputes norms and activations in the backward pass; "blocks" recomputes whole Blocks.
     net.slab = n: inference holds few whole tensors of the full resolution and makes the rest n slices at a time, to the same result.
     """
 
     def __init__(self, dim, in_channels=4, out_channels=4, heads=8, rounds=4, context_dim=768, tokens=192, levels=4,
-                 bottom="plane", pooled=False, patch=1, skip=False, checkpointing="none"):
+                 bottom="plane", pooled=False, patch=1, skip=0.0, checkpointing="none"):
         super().__init__()
         if dim % GROUPS or bottom not in ("plane", "depth"):
             raise ValueError(f"dim {dim}, bottom {bottom!r}; dim is a multiple of {GROUPS}, bottom plane or depth; change them")
@@ -388,7 +388,7 @@ class UNet3D(nn.Module):
         x = self.block(self.head, temb, x)
         x = self.out(x)
         x = (to_space(x, self.patch) if self.patch > 1 else x).float()
-        return around(x, seen[:, -x.shape[1]:], t) if self.args["skip"] else x
+        return around(x, seen[:, -x.shape[1]:], t, self.args["skip"]) if self.args["skip"] else x
 
     def stem_of(self, xt):
         return conv_in_slabs(self.stem, [xt], self.slab)[0] if self.slab else self.stem(xt)

@@ -5,7 +5,7 @@ import torch
 
 import diffusion
 import golden
-from diffusion import SPREAD, alpha_bar, around, augment_low, ddim_sample, ddim_step, guide, loss, q_sample, times
+from diffusion import MEAN, alpha_bar, around, augment_low, ddim_sample, ddim_step, guide, loss, q_sample, share, times
 from data import upsample
 
 
@@ -158,31 +158,14 @@ def test_loss_is_the_mean_square_on_x0_and_low_is_seen_first():
     assert error(lows[0], low[0]) == 0 and error(lows[1], 0.6 * low[1] + 0.4 * aug[1]) < 1e-6
 
 
-def test_the_weighted_loss_is_the_error_of_the_velocity_up_to_a_limit():
-    """|| v_hat - v ||^2 with v = sqrt(abar) eps - sqrt(1 - abar) x_0"""
-    x0, eps, answer = torch.randn(3, 3, 4, 2, 4, 4)
+def test_around_a_network_the_loss_is_the_loss_of_its_own_output():
+    """The output that would give x_0 is m + (x_0 - m - (1 - c) (x_t / sqrt(abar) - m)) / sqrt(c); the loss is the mean square of what it lacks."""
+    x0, eps, x = torch.randn(3, 3, 4, 2, 4, 4)
     t = torch.tensor([0.9, 0.4, 0.05])
-    abar = alpha_bar(t)
-    implied = (q_sample(x0, t, eps) - abar.sqrt() * answer) / (1 - abar).sqrt()
-    v, v_hat = (abar.sqrt() * e - (1 - abar).sqrt() * x for e, x in ((eps, x0), (implied, answer)))
-    found = [loss(lambda *_: answer, x0, t, eps, most=most).item() for most in (1e4, 1)]
-    wanted = [(v_hat - v).square().mean().item(), (answer - x0).square().mean().item()]
-    assert found == pytest.approx(wanted, rel=1e-4) and wanted[0] > 2 * wanted[1]
-    assert loss(lambda *_: answer[2:], x0[2:], t[2:], eps[2:], most=5).item() == pytest.approx(5 * (answer - x0)[2].square().mean().item(), rel=1e-4)
-
-
-def test_octaves_count_what_many_voxels_share():
-    x0, t, eps = torch.zeros(2, 4, 8, 8, 8), torch.ones(2), torch.randn(2, 4, 8, 8, 8)
-    noise = torch.randn(2, 4, 8, 8, 8)                                     # of mean square 1 / k^3 over cubes of k^3
-    of = lambda error, octaves: loss(lambda *_: error, x0, t, eps, octaves=octaves).item()
-    assert of(torch.ones_like(x0), 4) == pytest.approx(1 + 4 + 16 + 64)
-    assert of(noise, 3) == pytest.approx((1 + 1 / 2 + 1 / 4) * of(noise, 1), rel=0.1)
-
-
-def test_around_weighs_two_estimates_as_their_variances_ask():
-    x0, t = torch.randn(1, 4, 24, 24, 24), torch.tensor([0.05])
-    sigma = ((1 - alpha_bar(t)) / alpha_bar(t)).sqrt().item()
-    x, xt = x0 + SPREAD * torch.randn_like(x0), q_sample(x0, t, torch.randn_like(x0))
-    best = (SPREAD**-2 + sigma**-2) ** -0.5
-    assert (around(x, xt, t) - x0).std().item() == pytest.approx(best, rel=0.02) and best < 0.9 * min(SPREAD, sigma)
-    assert error(around(x, xt, torch.ones(1)), x) < 1e-3
+    xt, c, m = q_sample(x0, t, eps), share(t, 0.5), torch.tensor(MEAN).reshape(1, 4, 1, 1, 1)
+    wanted = m + (x0 - m - (1 - c) * (xt / alpha_bar(t).sqrt() - m)) / c.sqrt()
+    assert loss(lambda *_: around(x, xt, t, 0.5), x0, t, eps, spread=0.5).item() == pytest.approx((x - wanted).square().mean().item(), rel=1e-4)
+    assert 0.2 < wanted[:, 0].std() < 2 and share(torch.ones(1), 0.5).min() > 0.99       # neither tiny nor huge at any t; near noise it is x_0
+    assert error(around(x0, xt, torch.ones(3), 0.5), x0) < 0.02
+    clean = torch.full((3,), -1.0)
+    assert error(around(x, q_sample(x0, clean, 0 * eps), clean, 0.5), x0) < 0.5 < error(x, x0)   # near data any output leaves x_t nearly as it is

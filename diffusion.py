@@ -7,7 +7,6 @@ import math
 import torch
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
-MEAN = -0.4, -1.0, -1.0, -1.0  # of the channels over a chest, for `around`. Not in the paper
 
 
 def alpha_bar(t):
@@ -25,39 +24,14 @@ def q_sample(x0, t, eps):
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
 
-def loss(net, x0, t, eps, context=None, low=None, drop=None, spread=0.0):
+def loss(net, x0, t, eps, context=None, low=None, drop=None):
     """Eq. 5, 7, 9, 10: || net(x_t, t) - x_0 ||^2, mean over everything; the network predicts x_0.
 
     context: (B,N,width) text of stage 1.   drop: (B,) bool, which samples train the null text instead.
-    low: (B,4,D,H,W), stage 2's low-resolution volume on the grid of x0.
-    spread: of a network that is led `around`: the square is divided by `share`, so that what the network answers for counts alike at all t.   -> scalar
+    low: (B,4,D,H,W), stage 2's low-resolution volume on the grid of x0.   -> scalar
     """
     x0_hat = net(with_low(q_sample(x0, t, eps), low), t, context, drop)
-    error = (x0_hat - x0).square()
-    return (error / share(t, spread) if spread else error).mean()
-
-
-def share(t, spread):
-    """c = sigma^2 / (sigma^2 + spread^2), sigma^2 = (1 - abar) / abar: how much of x_0 is still to be found in x_t, per channel.   -> (B,4,1,1,1)
-
-    t: (B,)   spread: of the CT, in [-1,1]; that of masks is 0.1, for they are rounded in the end, while the CT must be right to a few HU
-    """
-    abar = alpha_bar(t)
-    return (1 - abar) / (1 - abar + channels((spread, 0.1, 0.1, 0.1), t) ** 2 * abar)
-
-
-def channels(numbers, like):
-    return torch.tensor(numbers, device=like.device).reshape(-1, 1, 1, 1)
-
-
-def around(x, xt, t, spread):
-    """x_t led around a network whose output is x: x0_hat - m = (1 - c) (x_t / sqrt(abar) - m) + sqrt(c) (x - m).   x, xt: (B,4,D,H,W)   t: (B,)
-
-    Near noise c is 1, and x the estimate; near data x_t is, and what the network gets wrong counts for little.   m: MEAN, c: share(t, spread)
-    Karras et al. 2022 (arXiv 2206.00364), table 1, about a mean and with the scale of their outputs left to the network. Not in the paper.
-    """
-    c, m = share(t, spread), channels(MEAN, t)
-    return m + (1 - c) * (xt / alpha_bar(t).sqrt() - m) + c.sqrt() * (x - m)
+    return (x0_hat - x0).square().mean()
 
 
 def with_low(xt, low):

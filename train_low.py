@@ -70,7 +70,6 @@ class Config:
     dim: int = arg(160, "width of the first level (sec. 4.5)")
     levels: int = arg(4, "levels of the UNet, each twice as wide")
     heads: int = arg(8, "attention heads of 32 channels; released code")
-    skip: float = arg(0.0, "x_t also goes around the network (diffusion.around), for a CT of this spread, and the loss counts all t alike: small networks get HU right sooner; 0 is the paper's")
     pooled: bool = arg(False, "the text is also pooled into the time embedding, with which small networks obey sooner; not in the paper")
     warm_up: int = arg(1200, "with --pooled: steps in which the pooling learns to read, before the network hears it")
     holdout: int = arg(8, "cases, the last by name, kept from training for the validation loss and the picture")
@@ -79,7 +78,7 @@ class Config:
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, skip=0.5, pooled=True, late=0.5, cool=0.35, batch=4, micro=4, lr=1e-3, steps=7000,
+    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, batch=4, micro=4, lr=1e-3, steps=7000,
                                                  ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
@@ -131,7 +130,7 @@ def low_loss(cfg, net, batch):
     keys, x0, text = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # none of these drops its text: u < cfg.drop does
-    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, spread=cfg.skip)
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop)
 
 
 def low_samples(cfg, net, dataset, device, n=2):
@@ -217,7 +216,7 @@ def begin_from(path, kind, net):
             about, state = json.loads((f.metadata() or {}).get("medsyn", "{}")), {k: f.get_tensor(k).float() for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"--init {path}: not readable safetensors ({e}); weights that a trainer wrote are needed; check the path") from None
-    differing = {k: v for k, v in about.get("args", {}).items() if v != net.args[k] and k not in ("pooled", "skip")}
+    differing = {k: v for k, v in about.get("args", {}).items() if v != net.args[k] and k != "pooled"}
     if about.get("kind") != kind or differing:
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has others; pass the options of that network")
     new = net.load_state_dict(state, strict=False).missing_keys          # of text pooling where there was none
@@ -407,7 +406,7 @@ def warm_up(cfg, pool, dataset, batch=64, edge=8):
 
 def low_net(cfg, dataset):
     tokens, width = dataset[0][2].shape
-    net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, skip=cfg.skip, checkpointing=cfg.checkpointing)
+    net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, checkpointing=cfg.checkpointing)
     if cfg.pooled and cfg.warm_up and not (Path(cfg.out) / "last.pt").exists():
         warm_up(cfg, net.pool, dataset)
     return net

@@ -32,7 +32,7 @@ class Config(train_low.Config):
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
     kind: ClassVar = "sr"
     presets: ClassVar = dict(paper={}, light=dict(patch=2, crop="256,80,80"),
-                             demo=dict(dim=16, levels=3, skip=0.1, batch=2, micro=2, lr=3e-4, steps=1500, ema_start=500, ema=0.99, ema_every=1, crop="64,48,48",
+                             demo=dict(dim=16, levels=3, batch=2, micro=2, lr=3e-4, steps=1500, ema_start=500, ema=0.99, ema_every=1, crop="64,48,48",
                                        checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
@@ -51,14 +51,14 @@ def sr_data(cfg):
 
 def sr_net(cfg, dataset):
     return UNet3D(cfg.dim, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels, bottom=cfg.bottom,
-                  patch=cfg.patch, skip=cfg.skip, checkpointing=cfg.checkpointing)
+                  patch=cfg.patch, checkpointing=cfg.checkpointing)
 
 
 def sr_loss(cfg, net, batch):
     """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input."""
     keys, x0, low = batch
     t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
-    return loss(net, x0, t, eps[:, :4], low=augment_low(low, AUGMENT * u, eps[:, 4:]), spread=cfg.skip)
+    return loss(net, x0, t, eps[:, :4], low=augment_low(low, AUGMENT * u, eps[:, 4:]))
 
 
 def sr_samples(cfg, net, dataset, device):

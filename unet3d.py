@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from diffusion import around
-
 GROUPS = 8      # of every GroupNorm
 HEAD_DIM = 32   # of every attention head
 
@@ -289,20 +287,19 @@ class UNet3D(nn.Module):
     bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper's words for H).
     pooled: the text, pooled, is also added to the time embedding, so that every Block knows it. Not in the paper.
     patch: 2 folds cubes of 2^3 voxels into channels first and unfolds them last: a fifth of the arithmetic. Not in the paper.
-    skip: spread of the CT for which x_t goes around the network too (`diffusion.around`), 0 for not at all. Not in the paper.
     checkpointing: "none"; "norms" recomputes norms and activations in the backward pass; "blocks" recomputes whole Blocks.
     net.slab = n: inference holds few whole tensors of the full resolution and makes the rest n slices at a time, to the same result.
     """
 
     def __init__(self, dim, in_channels=4, out_channels=4, heads=8, rounds=4, context_dim=768, tokens=192, levels=4,
-                 bottom="plane", pooled=False, patch=1, skip=0.0, checkpointing="none"):
+                 bottom="plane", pooled=False, patch=1, checkpointing="none"):
         super().__init__()
         if dim % GROUPS or bottom not in ("plane", "depth"):
             raise ValueError(f"dim {dim}, bottom {bottom!r}; dim is a multiple of {GROUPS}, bottom plane or depth; change them")
         if checkpointing not in ("none", "norms", "blocks"):
             raise ValueError(f"checkpointing {checkpointing!r}; none, norms or blocks; choose one")
         self.args = dict(dim=dim, in_channels=in_channels, out_channels=out_channels, heads=heads, rounds=rounds,
-                         context_dim=context_dim, tokens=tokens, levels=levels, bottom=bottom, pooled=pooled, patch=patch, skip=skip)
+                         context_dim=context_dim, tokens=tokens, levels=levels, bottom=bottom, pooled=pooled, patch=patch)
         self.dim, self.plane, self.patch, self.checkpointing, self.slab, self.compiled = dim, bottom == "plane", patch, checkpointing, 0, False
         w, T = [dim] + [dim * 2**i for i in range(levels)], 4 * dim
         self.null_text = nn.Parameter(torch.randn(1, tokens, context_dim)) if context_dim else None
@@ -357,7 +354,6 @@ class UNet3D(nn.Module):
             context = self.null_text.expand(len(xt), -1, -1)
         elif drop is not None:
             context = torch.where(drop[:, None, None], self.null_text, context)
-        seen = xt
         temb = self.time(sinusoidal(1000 * t, self.dim))                 # (B,4w)
         if self.args["pooled"]:
             temb = temb + self.pool(context)
@@ -387,8 +383,7 @@ class UNet3D(nn.Module):
         x, r = self.join(x, self.stem_of(xt) if r is None else r), None
         x = self.block(self.head, temb, x)
         x = self.out(x)
-        x = (to_space(x, self.patch) if self.patch > 1 else x).float()
-        return around(x, seen[:, -x.shape[1]:], t, self.args["skip"]) if self.args["skip"] else x
+        return (to_space(x, self.patch) if self.patch > 1 else x).float()
 
     def stem_of(self, xt):
         return conv_in_slabs(self.stem, [xt], self.slab)[0] if self.slab else self.stem(xt)

@@ -5,7 +5,7 @@ import torch
 
 import diffusion
 import golden
-from diffusion import MEAN, alpha_bar, around, augment_low, ddim_sample, ddim_step, guide, loss, q_sample, share, times
+from diffusion import alpha_bar, augment_low, ddim_sample, ddim_step, guide, loss, q_sample, times
 from data import upsample
 
 
@@ -156,16 +156,3 @@ def test_loss_is_the_mean_square_on_x0_and_low_is_seen_first():
     assert loss(net, x0, t, eps, low=lows).item() == pytest.approx(x0.square().mean().item())
     assert error(seen["xt"], torch.cat([lows, q_sample(x0, t, eps)], 1)) == 0
     assert error(lows[0], low[0]) == 0 and error(lows[1], 0.6 * low[1] + 0.4 * aug[1]) < 1e-6
-
-
-def test_around_a_network_the_loss_is_the_loss_of_its_own_output():
-    """The output that would give x_0 is m + (x_0 - m - (1 - c) (x_t / sqrt(abar) - m)) / sqrt(c); the loss is the mean square of what it lacks."""
-    x0, eps, x = torch.randn(3, 3, 4, 2, 4, 4)
-    t = torch.tensor([0.9, 0.4, 0.05])
-    xt, c, m = q_sample(x0, t, eps), share(t, 0.5), torch.tensor(MEAN).reshape(1, 4, 1, 1, 1)
-    wanted = m + (x0 - m - (1 - c) * (xt / alpha_bar(t).sqrt() - m)) / c.sqrt()
-    assert loss(lambda *_: around(x, xt, t, 0.5), x0, t, eps, spread=0.5).item() == pytest.approx((x - wanted).square().mean().item(), rel=1e-4)
-    assert 0.2 < wanted[:, 0].std() < 2 and share(torch.ones(1), 0.5).min() > 0.99       # neither tiny nor huge at any t; near noise it is x_0
-    assert error(around(x0, xt, torch.ones(3), 0.5), x0) < 0.02
-    clean = torch.full((3,), -1.0)
-    assert error(around(x, q_sample(x0, clean, 0 * eps), clean, 0.5), x0) < 0.5 < error(x, x0)   # near data any output leaves x_t nearly as it is

@@ -6,7 +6,6 @@ import torch
 
 import golden
 import unet3d
-from diffusion import around
 from unet3d import UNet3D, from_released, native_norm, rename, split_norm
 
 
@@ -155,15 +154,3 @@ def test_space_to_depth_is_undone_and_keeps_neighbours_together():
     assert set(y[0, :8, 0, 1, 2].tolist()) == set(x[0, 0, 0:2, 2:4, 4:6].flatten().tolist())
     net = UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2, patch=2)
     assert net(torch.randn(1, 8, 6, 8, 12), torch.tensor([0.5])).shape == (1, 4, 6, 8, 12)
-
-
-@pytest.mark.parametrize("slab", [0, 3])
-def test_a_network_with_skip_is_led_around(slab):
-    """Stage 2 sees eight channels: x_t is the last four of them."""
-    torch.manual_seed(0)
-    plain, led = (UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2, skip=skip).eval() for skip in (0, 0.3))
-    led.load_state_dict(plain.state_dict())
-    led.slab = slab
-    x, t = torch.randn(2, 8, 4, 8, 8), torch.tensor([0.05, 0.9])
-    with torch.no_grad():
-        assert error(led(x, t), around(plain(x, t), x[:, 4:], t, 0.3)) < 1e-5 < error(led(x, t), plain(x, t))

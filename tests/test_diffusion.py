@@ -1,12 +1,13 @@
 """The sampler is the original's, and right: golden trajectories, and cases whose answer is known in closed form."""
 
+import numpy as np
 import pytest
 import torch
 
 import diffusion
 import golden
 from diffusion import alpha_bar, augment_low, ddim_sample, ddim_step, guide, loss, q_sample, times
-from data import upsample
+from data import encode, upsample
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,17 @@ def test_loss_is_the_mean_square_on_x0_and_low_is_seen_first():
     assert loss(net, x0, t, eps, low=lows).item() == pytest.approx(x0.square().mean().item())
     assert error(seen["xt"], torch.cat([lows, q_sample(x0, t, eps)], 1)) == 0
     assert error(lows[0], low[0]) == 0 and error(lows[1], 0.6 * low[1] + 0.4 * aug[1]) < 1e-6
+
+
+@pytest.mark.parametrize("said, true, width", [(-860, -992, 244), (55, 5, 400), (-500, -600, None), (400, 300, None)])
+def test_windows_count_faint_differences_of_the_ct_and_nothing_outside(said, true, width):
+    x0, x0_hat = (torch.tensor(encode("ct", np.full((1, 4, 2, 2, 2), hu))) for hu in (true, said))
+    t = torch.tensor([0.4])
+    x0_hat.requires_grad_()
+    value = diffusion.window_loss(x0_hat, x0, t)
+    value.backward()
+    expected = alpha_bar(t).item() * (2 * (said - true) / width) ** 2 if width else 0
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    assert (x0_hat.grad[:, 0] != 0).all() == bool(width) and (x0_hat.grad[:, 1:] == 0).all()
+    zero = torch.zeros_like(x0)
+    assert loss(lambda *a: x0_hat, x0, t, zero, windows=0.5).item() == pytest.approx((x0_hat - x0).square().mean().item() + 0.5 * expected, rel=1e-4)

@@ -224,6 +224,15 @@ def test_the_learning_rate_falls_at_the_end(phantoms, tmp_path):
     assert rate() == 0.5e-3
 
 
+def test_windows_count_in_both_stages():
+    x0, other = torch.full((2, 2, 4, 4, 4, 4), 0.25)                     # -9 HU
+    net = lambda x, *_: x0 - 0.1                                         # 81 HU too low
+    keys = torch.arange(2)
+    for kind, loss_fn in ((train_low, train_low.low_loss), (train_sr, train_sr.sr_loss)):
+        plain, seen = (loss_fn(kind.Config(windows=w), net, (keys, x0, other)).item() for w in (0, 0.5))
+        assert plain == pytest.approx(0.01) and plain < seen < 0.5
+
+
 def test_the_running_average_remembers_no_gradients(phantoms, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_low, "export", lambda path, cfg, ema, *rest: seen.extend(ema.parameters()))

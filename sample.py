@@ -126,7 +126,7 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
 
     known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps, order), text, args.guidance, known_low, interval=args.guidance_interval,
+        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, interval=args.guidance_interval,
                         progress=bar("low resolution"), **options)
         if args.slab:
             low_net.cpu()                                                # its weights would take the memory that is to be saved

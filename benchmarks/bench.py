@@ -206,7 +206,7 @@ def sampling(device, repeats, low_steps, sr_steps, order):
         g, h = forms[form]
         n, m, o = (low_steps, sr_steps, order) if form == "ours" else (50, 20, 1)
         with torch.autocast(device, torch.bfloat16, enabled=form == "ours"):
-            x = ddim_sample(g, torch.randn(1, 4, grid, grid, grid, device=device), times(n, o), context, 2.0, order=o)
+            x = ddim_sample(g, torch.randn(1, 4, grid, grid, grid, device=device), times(n), context, 2.0, order=o)
             ddim_sample(h, torch.randn(1, 4, *[SCALE * grid] * 3, device=device), times(m, o), low=upsample(x), order=o)
     if device == "cuda":
         for form in forms:

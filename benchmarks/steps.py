@@ -66,7 +66,7 @@ def main(argv=None):
 
         def stage_1(seed, steps, order):
             with torch.autocast("cpu", torch.bfloat16):
-                return ddim_sample(low.eval(), noise(seed, grid, grid, grid), times(steps, order), texts[seed], args.guidance, order=order)
+                return ddim_sample(low.eval(), noise(seed, grid, grid, grid), times(steps), texts[seed], args.guidance, order=order)
 
         def stage_2(seed, steps, order):
             half = np.stack([encode(c, cases[seed][c][:SCALE * grid // 2]) for c in CHANNELS])

@@ -10,6 +10,7 @@ from data import HU
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 WINDOWS = (-1024, -780), (-160, 240)     # HU; not in the paper: where air differs from lung, and fluid from muscle
+EMPTY = -930             # HU below which a lung is no lung any more; not in the paper, whose measure is -950
 
 
 def alpha_bar(t):
@@ -27,28 +28,32 @@ def q_sample(x0, t, eps):
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
 
-def loss(net, x0, t, eps, context=None, low=None, drop=None, windows=0.0):
+def loss(net, x0, t, eps, context=None, low=None, drop=None, windows=0.0, bullae=0.0):
     """Eq. 5, 7, 9, 10: || net(x_t, t) - x_0 ||^2, mean over everything; the network predicts x_0.
 
     context: (B,N,width) text of stage 1.   drop: (B,) bool, which samples train the null text instead.
-    low: (B,4,D,H,W), stage 2's low-resolution volume on the grid of x0.   windows: weight of `window_loss`, 0 in the paper.   -> scalar
+    low: (B,4,D,H,W), stage 2's low-resolution volume on the grid of x0.   windows: weight of `window_loss`, 0 in the paper   bullae: see there.   -> scalar
     """
     x0_hat = net(with_low(q_sample(x0, t, eps), low), t, context, drop)
     value = (x0_hat - x0).square().mean()
-    return value + windows * window_loss(x0_hat, x0, t) if windows else value
+    return value + windows * window_loss(x0_hat, x0, t, bullae) if windows else value
 
 
-def window_loss(x0_hat, x0, t):
-    """Sum over WINDOWS of abar(t) || w(x0_hat) - w(x_0) ||^2, where w shows the CT as a reader sees it who narrows the window: [-1,1] of a few HU.
+def window_loss(x0_hat, x0, t, bullae=0.0):
+    """Sum over WINDOWS of abar(t) (1 + bullae e) || w(x0_hat) - w(x_0) ||^2, where w shows the CT as a reader sees it who narrows the window: [-1,1]
+    of a few HU; e is 1 in empty lung, outside airways, and 0 elsewhere.
 
     Not in the paper. Over 1,624 HU a bulla in a lung, or fluid beside muscle, weighs nothing beside an edge that is a little off. Where noise leaves
     little of x_t to see, x_0 hat is a mean over unlike chests, of which a window would show a part, hence abar.   x0_hat, x0: (B,4,D,H,W)   -> scalar
     """
+    ct, lobe, airway = x0[:, :1], x0[:, 1:2], x0[:, 2:3]
+    scale = lambda hu: 2 * (hu - HU[0]) / (HU[1] - HU[0]) - 1
+    empty = (ct < scale(EMPTY)) & (lobe > -0.8) & (airway < 0)           # lobes are -0.6 to 1, nothing is -1
+    weight = alpha_bar(t) * (1 + bullae * empty)
     total = 0
-    for window in WINDOWS:
-        low, high = (2 * (hu - HU[0]) / (HU[1] - HU[0]) - 1 for hu in window)
-        show = lambda x: (2 * x[:, :1].clamp(low, high) - low - high) / (high - low)
-        total += (alpha_bar(t) * (show(x0_hat) - show(x0)).square()).mean()
+    for low, high in (map(scale, window) for window in WINDOWS):
+        show = lambda x: (2 * x.clamp(low, high) - low - high) / (high - low)
+        total += (weight * (show(x0_hat[:, :1]) - show(ct)).square()).mean()
     return total
 
 

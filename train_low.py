@@ -61,6 +61,7 @@ class Config:
     drop: float = arg(0.1, "share of samples that train the null text; released code")
     late: float = arg(0.0, "share of samples whose t is drawn from [0.8,1], where the text decides; 0 is the paper's")
     windows: float = arg(0.0, "weight of the CT's error seen in narrow windows of HU, where faint differences show (diffusion.window_loss); 0 is the paper's")
+    bullae: float = arg(0.0, "with --windows: how much more a voxel of empty lung counts there, of which there are few; 0 is the paper's")
     ema: float = arg(0.999, "decay of the running average; released code")
     ema_every: int = arg(1, "steps between its updates; released code")
     ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
@@ -83,7 +84,7 @@ class Config:
                                                  ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
-FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "ema", "ema_every", "ema_start",
+FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "ema", "ema_every", "ema_start",
         "workers", "log_every", "save_every", "show_every"}              # may change on resume
 
 
@@ -131,7 +132,7 @@ def low_loss(cfg, net, batch):
     keys, x0, text = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # none of these drops its text: u < cfg.drop does
-    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, windows=cfg.windows)
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, windows=cfg.windows, bullae=cfg.bullae)
 
 
 def low_samples(cfg, net, dataset, device, n=2):

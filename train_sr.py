@@ -58,7 +58,7 @@ def sr_loss(cfg, net, batch):
     """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input."""
     keys, x0, low = batch
     t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
-    return loss(net, x0, t, eps[:, :4], low=augment_low(low, AUGMENT * u, eps[:, 4:]), windows=cfg.windows)
+    return loss(net, x0, t, eps[:, :4], low=augment_low(low, AUGMENT * u, eps[:, 4:]), windows=cfg.windows, bullae=cfg.bullae)
 
 
 def sr_samples(cfg, net, dataset, device):

@@ -169,5 +169,12 @@ def test_windows_count_faint_differences_of_the_ct_and_nothing_outside(said, tru
     expected = alpha_bar(t).item() * (2 * (said - true) / width) ** 2 if width else 0
     assert value.item() == pytest.approx(expected, rel=1e-4)
     assert (x0_hat.grad[:, 0] != 0).all() == bool(width) and (x0_hat.grad[:, 1:] == 0).all()
+    with torch.no_grad():
+        x0[:, 1] = 1                                                     # in a lobe
+        x0[:, 2] = -1
+        more = diffusion.window_loss(x0_hat, x0, t, bullae=3).item()
+        assert more == pytest.approx(expected * (4 if true < -930 else 1), rel=1e-4)
+        x0[:, 2] = 1                                                     # in an airway
+        assert diffusion.window_loss(x0_hat, x0, t, bullae=3).item() == pytest.approx(expected, rel=1e-4)
     zero = torch.zeros_like(x0)
     assert loss(lambda *a: x0_hat, x0, t, zero, windows=0.5).item() == pytest.approx((x0_hat - x0).square().mean().item() + 0.5 * expected, rel=1e-4)

@@ -32,7 +32,7 @@ class Config(train_low.Config):
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
     kind: ClassVar = "sr"
     presets: ClassVar = dict(paper={}, light=dict(patch=2, crop="256,80,80"),
-                             demo=dict(dim=16, levels=3, batch=2, micro=2, lr=3e-4, steps=1500, ema_start=500, ema=0.99, ema_every=1, crop="64,48,48",
+                             demo=dict(dim=16, levels=3, windows=0.1, batch=2, micro=2, lr=3e-4, steps=1500, ema_start=500, ema=0.99, ema_every=1, crop="64,48,48",
                                        checkpointing="none", workers=1, save_every=100, show_every=500))
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from data import HU
+from data import encode
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 WINDOWS = (-1024, -780), (-160, 240)     # HU; not in the paper: where air differs from lung, and fluid from muscle
@@ -47,11 +47,10 @@ def window_loss(x0_hat, x0, t, bullae=0.0):
     little of x_t to see, x_0 hat is a mean over unlike chests, of which a window would show a part, hence abar.   x0_hat, x0: (B,4,D,H,W)   -> scalar
     """
     ct, lobe, airway = x0[:, :1], x0[:, 1:2], x0[:, 2:3]
-    scale = lambda hu: 2 * (hu - HU[0]) / (HU[1] - HU[0]) - 1
-    empty = (ct < scale(EMPTY)) & (lobe > -0.8) & (airway < 0)           # lobes are -0.6 to 1, nothing is -1
+    empty = (ct < float(encode("ct", EMPTY))) & (lobe > -0.8) & (airway < 0)    # lobes are -0.6 to 1, nothing is -1
     weight = alpha_bar(t) * (1 + bullae * empty)
     total = 0
-    for low, high in (map(scale, window) for window in WINDOWS):
+    for low, high in encode("ct", WINDOWS).tolist():
         show = lambda x: (2 * x.clamp(low, high) - low - high) / (high - low)
         total += (weight * (show(x0_hat[:, :1]) - show(ct)).square()).mean()
     return total

@@ -31,8 +31,6 @@ from evaluate import dice, dots, measure_phantom
 from sample import generate, load_stages, place
 from unet3d import TextPool
 
-HELD_OUT = 90_000                                                         # first seed; training phantoms have seeds far from here
-
 
 class Model:
     """A model folder, ready to sample as sample.py does."""
@@ -80,7 +78,7 @@ def reports_and_findings(n, seed, wording):
 
 def reading(model, n):
     """Accuracy over n reports of a TextPool, which reads as stage 1 does, trained on 3,000 others."""
-    sets = [reports_and_findings(*which) for which in ((3000, HELD_OUT, "train"), (n, HELD_OUT + 1, "train"), (n, HELD_OUT + 1, "held-out"))]
+    sets = [reports_and_findings(*which) for which in ((3000, model.args.seed, "train"), (n, model.args.seed + 1, "train"), (n, model.args.seed + 1, "held-out"))]
     table = {"commonest answer": {f"{w}, {name}": max(m, 1 - m) for w, (_, y) in zip(("training", "held-out"), sets[1:]) for name, m in zip(FINDINGS, y.mean(0).tolist())}}
     for who in ("this text model", "random weights"):
         torch.manual_seed(0)
@@ -131,8 +129,8 @@ def text(model, n):
     for who in ("phantoms", "training sentences", "held-out sentences"):
         rows = []
         for i, request in enumerate(tqdm(asked, desc=who, leave=False)):
-            case = phantom.make(HELD_OUT + i, SCALE * model.grid, "train" if "training" in who else "held-out", **request)
-            x = every_fourth(case) if who == "phantoms" else model.sample(HELD_OUT + i, case["report"])
+            case = phantom.make(model.args.seed + i, SCALE * model.grid, "train" if "training" in who else "held-out", **request)
+            x = every_fourth(case) if who == "phantoms" else model.sample(model.args.seed + i, case["report"])
             rows.append((request, measure_phantom(x["ct"], x["lobe"])))
             values += [dict(folder=who, case=i, measure=k, value=v, unit="", **request) for k, v in rows[-1][1].items()]
         table[who] = compare(rows)
@@ -151,7 +149,7 @@ def seen_in(ct, lobe):
 def anatomy(model, n):
     table = {"phantoms": {}}
     for i in tqdm(range(n), desc="anatomy", leave=False):
-        case = phantom.make(HELD_OUT + 1000 + i, SCALE * model.grid, "held-out", consolidation=None, effusion="none")
+        case = phantom.make(model.args.seed + 1000 + i, SCALE * model.grid, "held-out", consolidation=None, effusion="none")
         true = seen_in(case["ct"], case["lobe"])
         for c in MASKS:
             table["phantoms"].setdefault(c, []).append(dice(true[c], case[c] > 0))
@@ -173,7 +171,7 @@ def anatomy(model, n):
 def segmentation(model, n):
     rows = {"without report": {}, "with report": {}}
     for i in tqdm(range(n), desc="segmentation", leave=False):
-        case = phantom.make(HELD_OUT + 2000 + i, SCALE * model.grid, "held-out")
+        case = phantom.make(model.args.seed + 2000 + i, SCALE * model.grid, "held-out")
         for who, report in zip(rows, (None, case["report"])):
             x = model.sample(i, report, stack(case), [0], full=True)
             lobes = np.mean([dice(x["lobe"] == k, case["lobe"] == k) for k in range(1, 6)])
@@ -193,7 +191,7 @@ def sharpness(ct):
 def detail(model, n):
     rows = {"up-sampled": {}, "stage 2": {}}
     for i in tqdm(range(n), desc="detail", leave=False):
-        case = phantom.make(HELD_OUT + 3000 + i, SCALE * model.grid, "held-out")
+        case = phantom.make(model.args.seed + 3000 + i, SCALE * model.grid, "held-out")
         x0 = stack(case)
         low = upsample(x0[..., ::SCALE, ::SCALE, ::SCALE])
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
@@ -224,7 +222,7 @@ def memory(model, n, folder):
     training = np.stack([np.load(c / "low.npy")[0].ravel().astype(np.float32) for c in folders])
     held, made = [], []
     for i in tqdm(range(n), desc="memory", leave=False):
-        case = phantom.make(HELD_OUT + 4000 + i, SCALE * model.grid, "train")
+        case = phantom.make(model.args.seed + 4000 + i, SCALE * model.grid, "train")
         held.append(encode("ct", every_fourth(case)["ct"]).ravel())
         made.append(encode("ct", model.sample(i, case["report"])["ct"]).ravel())
     held, made = nearest(np.stack(held), training), nearest(np.stack(made), training)
@@ -258,6 +256,7 @@ def main(argv=None):
     p.add_argument("--solver", choices=("ddim", "dpm"), default="dpm")
     p.add_argument("--low-steps", type=int, default=20)
     p.add_argument("--sr-steps", type=int, default=8)
+    p.add_argument("--seed", type=int, default=90_000, help="of the first held-out phantom, far from those of the training; choose options on one, report another")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where obey.json and obey.png appear")
     args = p.parse_args(argv)

@@ -165,13 +165,16 @@ def seeded(seed, step):
     return torch.Generator().manual_seed((seed << 32) + step)
 
 
-def mask_words(ids, tokenizer, generator):
-    """15 % of a report's words become [MASK] -> ids with holes, chosen (B,N) bool. [CLS], [SEP], [PAD], [UNK] are never chosen."""
+def mask_words(ids, tokenizer, generator, kept=0.0):
+    """15 % of a report's words become [MASK], but for a share `kept` of these -> ids with holes, chosen (B,N) bool. [CLS], [SEP], [PAD], [UNK] are never chosen.
+
+    A kept word is asked for as well, so its state has to tell it. Where all are masked, nothing asks the state of "large" to differ from that of "small"."""
     words = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     count = (MASKED * words.sum(1, keepdim=True)).round().clamp(min=1)
     score = torch.rand(ids.shape, generator=generator).masked_fill(~words, 2)
     chosen = (score.argsort(1).argsort(1) < count) & words                         # the `count` lowest scores of each row
-    return ids.masked_fill(chosen, tokenizer.mask_token_id), chosen
+    holes = chosen & (torch.rand(ids.shape, generator=generator) >= kept) if kept else chosen
+    return ids.masked_fill(holes, tokenizer.mask_token_id), chosen
 
 
 def another_impression(report, pool, generator):
@@ -189,11 +192,11 @@ def swap_sections(reports, pool, generator):
     return [(r.findings, r.impression if own else another_impression(r, pool, generator)) for r, own in zip(reports, paired)], paired.float()
 
 
-def make_batch(pairs, tokenizer, tokens, generator):
+def make_batch(pairs, tokenizer, tokens, generator, kept=0.0):
     ids, kinds, mask, _ = pack(tokenizer, pairs, tokens)
     used = mask.any(0)                                    # columns of padding alone change nothing and cost time
     ids, kinds, mask = ids[:, used], kinds[:, used], mask[:, used]
-    holes, chosen = mask_words(ids, tokenizer, generator)
+    holes, chosen = mask_words(ids, tokenizer, generator, kept)
     return holes, kinds, mask, chosen, ids
 
 
@@ -297,7 +300,7 @@ def train(a):
         generator = seeded(a.seed, step)
         torch.manual_seed((a.seed << 32) + step * world + rank)
         pairs, paired = swap_sections([reports[j] for j in order], reports, generator)
-        *inputs, ids, paired = [x[rank::world].to(device) for x in (*make_batch(pairs, tokenizer, a.tokens, generator), paired)]
+        *inputs, ids, paired = [x[rank::world].to(device) for x in (*make_batch(pairs, tokenizer, a.tokens, generator, a.kept), paired)]
         words = ids[inputs[-1]]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             word_logits, pair_logits = model(*inputs)
@@ -371,6 +374,7 @@ def main(argv=None):
     c.add_argument("--epochs", type=int, default=5, help="passes over the reports (sec. 4.6)")
     c.add_argument("--steps", type=int, default=0, help="optimizer steps; 0: what --epochs makes")
     c.add_argument("--lr", type=float, default=0, help="highest learning rate; 0: 5e-5, or 1e-3 from scratch (not in the paper)")
+    c.add_argument("--kept", type=float, default=0.0, help="share of the masked words that stay as they are, so that their states tell them; 0 is the paper's")
     c.add_argument("--held-out", type=float, default=0.1, help="share of subjects kept for the final figures")
     c.add_argument("--seed", type=int, default=0, help="decides held-out subjects, order, swaps, masks and first weights")
     for name, default in dict(width=128, layers=4, heads=4, vocab=2000, dropout=0.1).items():
@@ -386,7 +390,7 @@ def main(argv=None):
         a = p.parse_args(argv)
         a.device = choose_device(a.device)
         for name, value in vars(a).items():
-            low, high = dict(steps=(0, 2 ** 31), seed=(0, 2 ** 31), lr=(0, 1), held_out=(0, 1), dropout=(0, 1)).get(name, (1, 2 ** 31))
+            low, high = dict(steps=(0, 2 ** 31), seed=(0, 2 ** 31), lr=(0, 1), held_out=(0, 1), kept=(0, 1), dropout=(0, 1)).get(name, (1, 2 ** 31))
             if type(value) in (int, float) and not low <= value < high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}; it is at least {low} and below {high}; change it")
         if a.command == "train" and a.width % a.heads:

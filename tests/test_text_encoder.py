@@ -85,6 +85,15 @@ def test_fifteen_percent_of_the_words_are_masked_and_no_special_token(encoder):
     assert (holes[chosen] == tokenizer.mask_token_id).all() and torch.equal(holes[~chosen], ids[~chosen])
 
 
+def test_kept_words_are_asked_for_as_well(encoder):
+    ids, *_ = te.pack(encoder.tokenizer, [r[1:] for r in REPORTS] * 20, 32)
+    all_masked, chosen = te.mask_words(ids, encoder.tokenizer, te.seeded(0, 0))
+    holes, the_same = te.mask_words(ids, encoder.tokenizer, te.seeded(0, 0), kept=0.3)
+    seen = chosen & (holes == ids)
+    assert torch.equal(chosen, the_same) and torch.equal(holes[~seen], all_masked[~seen])
+    assert abs(seen.sum() / chosen.sum() - 0.3) < 0.08
+
+
 def test_half_of_the_impressions_are_another_subjects_and_labelled_so():
     pairs, paired = te.swap_sections(REPORTS * 20, REPORTS, te.seeded(0, 0))
     assert abs(paired.mean() - 0.5) < 0.1

@@ -80,7 +80,7 @@ class Config:
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, windows=0.4, bullae=20.0, batch=4, micro=4, lr=1e-3, steps=7000,
+    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, windows=0.4, bullae=3.0, batch=4, micro=4, lr=1e-3, steps=7000,
                                                  ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500))
 
 

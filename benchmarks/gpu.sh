@@ -17,7 +17,7 @@ timeout 240 python -m pytest -q tests/test_gpu.py > "$OUT/checks.txt" 2>&1
 # 3. The small weights, longer: phantoms and their text, then both stages.
 python phantom.py --grid 128 --n 3072 --texts 4 --seed 1000 > "$OUT/data.log" 2>&1
 python phantom.py --reports data/reports.jsonl --n 40000 --seed 1000000 >> "$OUT/data.log" 2>&1
-python text_encoder.py train --scratch --reports data/reports.jsonl --out runs/text --layers 3 --steps 4000 --tokens 128 --dropout 0 --held-out 0.02 > "$OUT/text.log" 2>&1
+python text_encoder.py train --scratch --reports data/reports.jsonl --out runs/text --layers 3 --steps 4000 --kept 0.3 --tokens 128 --dropout 0 --held-out 0.02 > "$OUT/text.log" 2>&1
 python text_encoder.py embed data/train --model runs/text --tokens 128 >> "$OUT/text.log" 2>&1
 timeout 420 python train_low.py --preset demo --batch 16 --micro 16 --steps 20000 --workers 4 > "$OUT/low.log" 2>&1
 timeout 300 python train_sr.py --preset demo --batch 8 --micro 8 --steps 10000 --workers 4 > "$OUT/sr.log" 2>&1

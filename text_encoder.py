@@ -266,10 +266,10 @@ def train(a):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out, reports = Path(a.out), load_reports(a.reports)
     subjects = sorted({r.subject for r in reports})       # held out by subject, so that nobody is on both sides
-    kept = {subjects[i] for i in torch.randperm(len(subjects), generator=seeded(a.seed, 0))[:round(a.held_out * len(subjects))]}
-    held_out, reports = [r for r in reports if r.subject in kept], [r for r in reports if r.subject not in kept]
-    if len(kept) < 2 or len(reports) < a.batch or a.batch % world:
-        raise ValueError(f"{len(reports)} reports to train on, {len(kept)} subjects held out, --batch {a.batch}, {world} processes; a batch is a multiple "
+    apart = {subjects[i] for i in torch.randperm(len(subjects), generator=seeded(a.seed, 0))[:round(a.held_out * len(subjects))]}
+    held_out, reports = [r for r in reports if r.subject in apart], [r for r in reports if r.subject not in apart]
+    if len(apart) < 2 or len(reports) < a.batch or a.batch % world:
+        raise ValueError(f"{len(reports)} reports to train on, {len(apart)} subjects held out, --batch {a.batch}, {world} processes; a batch is a multiple "
                          "of the processes and not more than the reports, 2 subjects or more are held out; add reports or change --batch, --held-out")
     for r in held_out:
         another_impression(r, held_out, seeded(a.seed, 0))                         # refuses now, not after the training, if there is none
@@ -375,7 +375,7 @@ def main(argv=None):
     c.add_argument("--steps", type=int, default=0, help="optimizer steps; 0: what --epochs makes")
     c.add_argument("--lr", type=float, default=0, help="highest learning rate; 0: 5e-5, or 1e-3 from scratch (not in the paper)")
     c.add_argument("--kept", type=float, default=0.0, help="share of the masked words that stay as they are, so that their states tell them; 0 is the paper's")
-    c.add_argument("--held-out", type=float, default=0.1, help="share of subjects kept for the final figures")
+    c.add_argument("--held-out", type=float, default=0.1, help="share of subjects set apart for the final figures")
     c.add_argument("--seed", type=int, default=0, help="decides held-out subjects, order, swaps, masks and first weights")
     for name, default in dict(width=128, layers=4, heads=4, vocab=2000, dropout=0.1).items():
         c.add_argument(f"--{name}", type=type(default), default=default, help=f"{name} of the BERT from scratch")

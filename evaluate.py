@@ -203,17 +203,20 @@ def histogram(path, groups, label):
 
 
 def dots(path, rows):
-    """Every value of a table as a dot, a column for each folder and measure."""
+    """Every value of a table as a dot: a panel for each unit, in it a column for each measure and folder."""
     plt = pyplot()
-    groups = {}
+    panels = {}
     for r in rows:
-        groups.setdefault(f"{r['measure']}\n{r['folder'][-24:]}", []).append(r["value"])
-    fig, ax = plt.subplots(figsize=(max(5, 0.8 * len(groups)), 4))
-    for i, values in enumerate(groups.values()):
-        ax.plot([i] * len(values), values, "o", alpha=0.5)
-        ax.plot([i - 0.2, i + 0.2], [np.mean(values)] * 2, "k-")
-    ax.set_xticks(range(len(groups)), list(groups), rotation=60, ha="right", fontsize=7)
-    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100, bbox_inches="tight"))
+        panels.setdefault(r["unit"], {}).setdefault(f"{r['measure']}\n{r['folder'][-28:]}", []).append(r["value"])
+    widths = [max(3, 0.8 * len(groups)) for groups in panels.values()]
+    fig, axes = plt.subplots(1, len(panels), figsize=(sum(widths), 4), width_ratios=widths, squeeze=False, layout="constrained")
+    for ax, (unit, groups) in zip(axes[0], panels.items()):
+        for i, values in enumerate(groups.values()):
+            ax.plot([i] * len(values), values, "o", alpha=0.5)
+            ax.plot([i - 0.2, i + 0.2], [np.mean(values)] * 2, "k-")
+        ax.set_ylabel(unit)
+        ax.set_xticks(range(len(groups)), list(groups), rotation=60, ha="right", fontsize=7)
+    write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100))
     plt.close(fig)
 
 

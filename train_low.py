@@ -84,7 +84,7 @@ class Config:
                                                  ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500))
 
 
-FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "ema", "ema_every", "ema_start",
+FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",
         "workers", "log_every", "save_every", "show_every"}              # may change on resume
 
 
@@ -109,8 +109,8 @@ def parse(config, doc, argv=None):
             raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
         if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
             raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
-        if f.name in ("drop", "ema", "late", "cool") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
-            raise ValueError(f"--{f.name} {value}; drop, ema, late and cool are at most 1, clip is more than 0, a seed below 2^23; change it")
+        if f.name in ("drop", "ema", "late", "cool", "augment") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
+            raise ValueError(f"--{f.name} {value}; drop, ema, late, cool and augment are at most 1, clip is more than 0, a seed below 2^23; change it")
     return cfg
 
 

@@ -16,8 +16,6 @@ from diffusion import augment_low, ddim_sample, loss, times
 from train_low import all_folders, arg, draw, parse, run
 from unet3d import UNet3D
 
-AUGMENT = 0.4      # most noise on the low-resolution input; not in the paper, released code
-
 
 @dataclass
 class Config(train_low.Config):
@@ -30,6 +28,7 @@ class Config(train_low.Config):
     crop: str = arg("256,72,72", "D,H,W of the training crops; released code; up to 256,256,256")
     bottom: str = arg("plane", "self-attention at the bottom: plane (released weights) or depth (the paper's words)")
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
+    augment: float = arg(0.4, "most noise on the low-resolution input, drawn anew from 0 to this for each sample; not in the paper, released code")
     kind: ClassVar = "sr"
     presets: ClassVar = dict(paper={}, light=dict(patch=2, crop="256,80,80"),
                              demo=dict(dim=16, levels=3, windows=0.1, batch=2, micro=2, lr=3e-4, steps=1500, ema_start=500, ema=0.99, ema_every=1, crop="64,48,48",
@@ -58,7 +57,7 @@ def sr_loss(cfg, net, batch):
     """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input."""
     keys, x0, low = batch
     t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
-    return loss(net, x0, t, eps[:, :4], low=augment_low(low, AUGMENT * u, eps[:, 4:]), windows=cfg.windows, bullae=cfg.bullae)
+    return loss(net, x0, t, eps[:, :4], low=augment_low(low, cfg.augment * u, eps[:, 4:]), windows=cfg.windows, bullae=cfg.bullae)
 
 
 def sr_samples(cfg, net, dataset, device):

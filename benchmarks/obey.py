@@ -6,6 +6,7 @@ reading       what stage 1 could know: findings of a report read off its text st
               and in others; beside it the states of the same BERT with random weights (table 7)
 text          reports that ask for an effusion, a large heart, bullae, or say that there is none (tables 2 to 4), in the sentences of training and in
               others; measured on stage 1's volume, whose measures follow the truth of phantoms as the row of phantoms shows
+full          the same in other sentences, measured on stage 2's volume
 anatomy       airway, vessels, lobes fixed, alone and together (fig. 6): is the structure in the CT, by thresholds, where the mask says?
 segmentation  the CT fixed (table 5): Dice of the masks that come out, with and without the report
 detail        stage 2 on true low-resolution volumes: overlap with the truth beside that of plain up-sampling
@@ -27,7 +28,7 @@ import phantom
 import text_encoder
 from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, keep_memory, upsample, write_atomic
 from diffusion import ddim_sample, times
-from evaluate import dice, dots, measure_phantom
+from evaluate import UNITS, dice, dots, measure_phantom
 from sample import generate, load_stages, place
 from unet3d import TextPool
 
@@ -122,18 +123,21 @@ def compare(rows):
             "laa p": ttest_ind(bullous, clean, equal_var=False, alternative="greater").pvalue}
 
 
-def text(model, n):
-    """-> {who: {name: number}}, single values"""
+ASKED = {"effusion": lambda r: r["effusion_size"] or "none", "laa": lambda r: "bullae" if r["bullae"] else "none", "ctr": lambda r: "cardiomegaly" if r["cardiomegaly"] else "normal"}
+
+
+def text(model, n, who=("phantoms", "training sentences", "held-out sentences"), full=False):
+    """n requests of each kind, measured on stage 1's volume, or on stage 2's.   -> {who: {name: number}}, single values for evaluate.dots"""
     table, values = {}, []
     asked = conditions(n)
-    for who in ("phantoms", "training sentences", "held-out sentences"):
+    for name in who:
         rows = []
-        for i, request in enumerate(tqdm(asked, desc=who, leave=False)):
-            case = phantom.make(model.args.seed + i, SCALE * model.grid, "train" if "training" in who else "held-out", **request)
-            x = every_fourth(case) if who == "phantoms" else model.sample(model.args.seed + i, case["report"])
+        for i, request in enumerate(tqdm(asked, desc=name, leave=False)):
+            case = phantom.make(model.args.seed + i, SCALE * model.grid, "train" if "training" in name else "held-out", **request)
+            x = model.sample(model.args.seed + i, case["report"], full=full) if name != "phantoms" else case if full else every_fourth(case)
             rows.append((request, measure_phantom(x["ct"], x["lobe"])))
-            values += [dict(folder=who, case=i, measure=k, value=v, unit="", **request) for k, v in rows[-1][1].items()]
-        table[who] = compare(rows)
+        table[name] = compare(rows)
+        values += [dict(folder=f"{ask(r)}, {name}", measure=m, value=got[m], unit=UNITS[m]) for m, ask in ASKED.items() for r, got in rows]
         print_columns("text", table)
     return table, values
 
@@ -243,13 +247,13 @@ def print_columns(title, table):
 
 
 def main(argv=None):
-    parts = ("text", "anatomy", "segmentation", "detail", "memory", "reading")
+    parts = ("text", "full", "anatomy", "segmentation", "detail", "memory", "reading")
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--model", default=str(ROOT / "checkpoints/demo"))
     p.add_argument("--text", help="another text encoder (default MODEL/text)")
     p.add_argument("--parts", nargs="+", choices=parts, default=parts)
     p.add_argument("--n", type=int, default=32, help="samples a prompt; distances")
-    p.add_argument("--n-full", type=int, default=8, help="phantoms in the parts that need stage 2")
+    p.add_argument("--n-full", type=int, default=8, help="phantoms, or samples a prompt, in the parts that need stage 2")
     p.add_argument("--data", default="data/train", help="the phantoms of the training, for `memory`")
     p.add_argument("--guidance", type=float, default=4.0)
     p.add_argument("--guidance-interval", nargs=2, type=float, default=(0.8, 1.0), metavar=("FROM", "TO"), help="times t at which it is applied")
@@ -272,7 +276,10 @@ def main(argv=None):
         for part in args.parts:
             if part == "text":
                 table, values = text(model, args.n)
-                dots(args.out / "obey.png", [v for v in values if v["measure"] in ("effusion", "laa", "ctr")])
+                dots(args.out / "obey.png", values)
+            elif part == "full":
+                table, values = text(model, args.n_full, ("phantoms", "held-out sentences"), full=True)
+                dots(args.out / "obey_full.png", values)
             elif part == "reading":                                       # last: it spoils the model's text encoder
                 table = reading(model, 300)
             elif part == "memory":

@@ -137,6 +137,8 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
         assert code == 2 and words in err and err.count("\n") == 1, err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)
     assert code == 2 and "--crop" in err
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--augment", "1.5", run=train_sr.main)
+    assert code == 2 and "at most 1" in err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "15,16,16", "--patch", "2", run=train_sr.main)
     assert code == 2 and "D of 2" in err
     code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--crop", "16,16,16", run=train_sr.main)
@@ -231,6 +233,16 @@ def test_windows_count_in_both_stages():
     for kind, loss_fn in ((train_low, train_low.low_loss), (train_sr, train_sr.sr_loss)):
         plain, seen = (loss_fn(kind.Config(windows=w), net, (keys, x0, other)).item() for w in (0, 0.5))
         assert plain == pytest.approx(0.01) and plain < seen < 0.5
+
+
+def test_the_low_resolution_input_is_as_noisy_as_asked():
+    low = torch.full((8, 4, 4, 4, 4), 0.5)
+    seen = []
+    net = lambda x, *_: seen.append(x[:, :4]) or x[:, 4:]
+    for most in (0, 0.1):
+        train_sr.sr_loss(train_sr.Config(augment=most), net, (torch.arange(8), low, low))
+    share = 1 - seen[1].mean((1, 2, 3, 4)) / 0.5                         # of the value, lost: a, but for the mean of 256 noises
+    assert torch.equal(seen[0], low) and (share < 0.13).all() and share.max() > 0.05 and (seen[1].std((1, 2, 3, 4)) < 0.12).all()
 
 
 def test_the_running_average_remembers_no_gradients(phantoms, tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ All tensors x are (B,C,D,H,W), channels in the order CT, lobe, airway, vessel, v
 import math
 
 import torch
+import torch.nn.functional as F
 
-from data import encode
+from data import SCALE, encode
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 WINDOWS = (-1024, -780), (-160, 240)     # HU; not in the paper: where air differs from lung, and fluid from muscle
+FAINT = 0.1              # of [-1,1], 81 HU; not in the paper: a greater difference between the stages is an edge, which stage 2 may place better
 EMPTY = -930             # HU below which a lung is no lung any more; not in the paper, whose measure is -950
 
 
@@ -75,6 +77,19 @@ def guide(x0_cond, x0_null, guidance):
     return x0_null + guidance * (x0_cond - x0_null)
 
 
+def agree(x0_hat, low):
+    """Stage 2's estimate, its CT brought nearer, by at most FAINT, to the low-resolution one at the voxels that this was taken from, every fourth
+    along each axis; in between the change is interpolated. What is but a few HU apart, fluid and muscle, is then as stage 1 made it.
+
+    Not in the paper. Without FAINT it is DDNM's x_0 + A^+ (y - A x_0), Wang et al. 2022 (arXiv 2212.00490), where A takes every fourth voxel and A^+
+    interpolates.   x0_hat, low: (B,4,D,H,W)   -> (B,4,D,H,W), CT in [-1,1]
+    """
+    change = (low - x0_hat)[:, :1, ::SCALE, ::SCALE, ::SCALE].clamp(-FAINT, FAINT)
+    change = F.pad(change, (0, 1) * 3, mode="replicate")                 # beyond the last voxel of low: as at that
+    change = F.interpolate(change, [n + 1 for n in x0_hat.shape[2:]], mode="trilinear", align_corners=True)[..., :-1, :-1, :-1]
+    return torch.cat([(x0_hat[:, :1] + change).clamp(-1, 1), x0_hat[:, 1:]], dim=1)
+
+
 def ddim_step(xt, x0_hat, t, s):
     """DDIM with eta = 0, from t to the earlier time s: the eps that x_t and x0_hat imply, put back at the noise of s.
 
@@ -115,14 +130,14 @@ def guided(net, seen, t, context, guidance):
 
 
 @torch.no_grad()
-def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed=(), low=None, interval=(0.0, 1.0), order=1, progress=iter):
+def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed=(), low=None, agreeing=False, interval=(0.0, 1.0), order=1, progress=iter):
     """A sample from noise, by DDIM through `times` (sec. 4.2), with anatomy held fixed if wanted (sec. 4.4).
 
     noise: (B,4,D,H,W)   times: (n,) descending, any sequence; the last step goes to clean data
     context: (B,N,width) text or None   guidance: 1 none, 2 released previews, 3 anatomy experiments
     interval: (lowest, highest) t at which guidance is applied; it is a second network evaluation, and matters only in the middle
     known, fixed: clean channels (B,4,D,H,W), and the list of channel indices in which they replace the estimate at every step
-    low: (B,4,D,H,W) for stage 2   order: 1 DDIM, 2 DPM-Solver++(2M)   progress: wraps the steps, e.g. tqdm.   -> (B,4,D,H,W) in [-1,1]
+    low: (B,4,D,H,W) for stage 2   agreeing: whether its estimates are made to `agree` with that   order: 1 DDIM, 2 DPM-Solver++(2M)   progress: wraps the steps, e.g. tqdm.   -> (B,4,D,H,W) in [-1,1]
     """
     fixed, xt, u, x0_before = list(fixed), noise, None, None
     steps = list(zip(times.tolist(), times[1:].tolist() + [None]))
@@ -135,6 +150,8 @@ def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed
         else:
             x0_hat = guided(net, seen, t, context, guidance)
         x0_hat = x0_hat.clamp(-1, 1)
+        if agreeing:
+            x0_hat = agree(x0_hat, low)
         if fixed:
             x0_hat[:, fixed] = known[:, fixed]
         if s is None:

@@ -108,6 +108,13 @@ def place(net, device, args):
         net.compile_blocks()
 
 
+def agrees(args, about):
+    """Whether stage 2 is made to agree with stage 1: as the command line says, else if it is a demo preset's, small and little trained.   about: stage 2's"""
+    if args.agree is not None:
+        return args.agree
+    return "step" in about and about["provenance"]["config"]["preset"].startswith("demo")
+
+
 def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=()):
     """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume   text: (1,N,width) or None
     known: (1,4,G,G,G) clean channels on the full grid, of which `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
@@ -131,7 +138,7 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
         if args.slab:
             low_net.cpu()                                                # its weights would take the memory that is to be saved
         if sr_net is not None:
-            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, low=upsample(x), progress=bar("super-resolution"), **options)
+            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, low=upsample(x), agreeing=args.agree, progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
     return x[0].float().cpu()
@@ -177,6 +184,7 @@ def sample(args):
     if sr_net is None and not args.stop_at_low:
         raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
     args.compile = device.startswith("cuda") if args.compile is None else args.compile
+    args.agree = sr_net is not None and agrees(args, sr_about)
     for net in filter(None, (low_net, sr_net)):
         place(net, device, args)
     grid = low_about["grid"]
@@ -232,6 +240,7 @@ def main(argv=None):
     p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), in stage 2 as good in 7 steps as ddim in 20")
     p.add_argument("--low-steps", type=int, default=50, help="steps of stage 1 (default 50), two network evaluations each with guidance")
     p.add_argument("--sr-steps", type=int, default=20, help="steps of stage 2 (default 20), one network evaluation each")
+    p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="keep the CT of stage 2 at the HU of stage 1 where the two differ faintly; default with demo weights alone")
     p.add_argument("--stop-at-low", action="store_true", help="write the low-resolution volume")
     p.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")

@@ -43,12 +43,16 @@ def arg(default, help):
     return field(default=default, metadata={"help": help})
 
 
+DEMO = dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, windows=0.4, bullae=3.0, batch=4, micro=4, lr=1e-3, steps=7000,
+            ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500)
+
+
 @dataclass
 class Config:
     data: str = arg("data/train", "folder of cases (data.py, phantom.py), their text embedded by text_encoder.py")
     out: str = arg("runs/low", "run folder: last.pt, low.safetensors, loss.csv, pictures")
     init: str = arg("", "low.safetensors or sr.safetensors of another run to begin from, instead of random weights")
-    preset: str = arg("", "paper, or demo: 32^3, one and a half hours on two cores; stage 2 also light; default paper on a GPU, demo without")
+    preset: str = arg("", "paper; demo: 32^3 -> 128^3, one and a half hours on two cores; demo-256: 64^3 -> 256^3, for one GPU; stage 2 also light; default paper on a GPU, demo without")
     device: str = arg("", "cuda or cpu; default whichever is there")
     seed: int = arg(0, "decides the first weights, the order of cases and all noise")
     steps: int = arg(40_000, "optimizer updates")
@@ -80,8 +84,7 @@ class Config:
     save_every: int = arg(500, "steps between checkpoints")
     show_every: int = arg(2000, "steps between pictures and validation losses")
     kind: ClassVar = "low"
-    presets: ClassVar = dict(paper={}, demo=dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, windows=0.4, bullae=3.0, batch=4, micro=4, lr=1e-3, steps=7000,
-                                                 ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500))
+    presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(levels=4, batch=16, micro=16, steps=8000, workers=4, save_every=500)}
 
 
 FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",

@@ -16,6 +16,9 @@ from diffusion import augment_low, ddim_sample, loss, times
 from train_low import all_folders, arg, draw, parse, run
 from unet3d import UNet3D
 
+DEMO = dict(dim=16, levels=3, windows=0.4, bullae=2.0, augment=0.1, batch=2, micro=2, lr=8e-4, cool=1.0, steps=2300, ema_start=100, ema=0.99, ema_every=1,
+            crop="64,48,48", checkpointing="none", workers=1, save_every=100, show_every=500)
+
 
 @dataclass
 class Config(train_low.Config):
@@ -30,9 +33,8 @@ class Config(train_low.Config):
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
     augment: float = arg(0.4, "most noise on the low-resolution input, drawn anew from 0 to this for each sample; not in the paper, released code")
     kind: ClassVar = "sr"
-    presets: ClassVar = dict(paper={}, light=dict(patch=2, crop="256,80,80"),
-                             demo=dict(dim=16, levels=3, windows=0.1, batch=2, micro=2, lr=3e-4, steps=1500, ema_start=500, ema=0.99, ema_every=1, crop="64,48,48",
-                                       checkpointing="none", workers=1, save_every=100, show_every=500))
+    presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO,
+                         "demo-256": DEMO | dict(dim=24, batch=8, micro=8, steps=3000, crop="128,64,64", workers=4, save_every=500)}
 
 
 def sr_data(cfg):

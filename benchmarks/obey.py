@@ -29,7 +29,7 @@ import text_encoder
 from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, keep_memory, upsample, write_atomic
 from diffusion import ddim_sample, times
 from evaluate import UNITS, dice, dots, measure_phantom
-from sample import generate, load_stages, place
+from sample import agrees, generate, load_stages, place
 from unet3d import TextPool
 
 
@@ -38,7 +38,8 @@ class Model:
 
     def __init__(self, args):
         stages = load_stages(args.model)
-        (self.low, about), (self.sr, _) = stages["low"], stages.get("sr", (None, None))
+        (self.low, about), (self.sr, sr_about) = stages["low"], stages.get("sr", (None, None))
+        args.agree = self.sr is not None and agrees(args, sr_about)
         self.args, self.grid, self.step = args, about["grid"], about["step"]
         for net in filter(None, (self.low, self.sr)):
             place(net, args.device, args)
@@ -200,7 +201,7 @@ def detail(model, n):
         low = upsample(x0[..., ::SCALE, ::SCALE, ::SCALE])
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
         with torch.autocast(model.args.device, torch.bfloat16, enabled=model.args.amp):
-            made = ddim_sample(model.sr, noise.to(model.args.device), times(model.args.sr_steps, model.order), low=low.to(model.args.device), order=model.order)
+            made = ddim_sample(model.sr, noise.to(model.args.device), times(model.args.sr_steps, model.order), low=low.to(model.args.device), agreeing=model.args.agree, order=model.order)
         smooth = torch.nn.functional.interpolate(x0[..., ::SCALE, ::SCALE, ::SCALE], scale_factor=SCALE, mode="trilinear")
         for who, x in zip(rows, (smooth, made.float().cpu())):
             got = {c: decode(c, v) for c, v in zip(CHANNELS, x[0].numpy())}
@@ -260,6 +261,7 @@ def main(argv=None):
     p.add_argument("--solver", choices=("ddim", "dpm"), default="dpm")
     p.add_argument("--low-steps", type=int, default=20)
     p.add_argument("--sr-steps", type=int, default=8)
+    p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="as in sample.py")
     p.add_argument("--seed", type=int, default=90_000, help="of the first held-out phantom, far from those of the training; choose options on one, report another")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where obey.json and obey.png appear")

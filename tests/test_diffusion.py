@@ -159,6 +159,22 @@ def test_loss_is_the_mean_square_on_x0_and_low_is_seen_first():
     assert error(lows[0], low[0]) == 0 and error(lows[1], 0.6 * low[1] + 0.4 * aug[1]) < 1e-6
 
 
+def test_stage_2_agrees_with_stage_1_where_they_differ_faintly():
+    low = upsample(torch.rand(1, 4, 3, 3, 3) - 0.5)
+    nodes = (slice(None), slice(0, 1), *[slice(None, None, 4)] * 3)
+    estimate = low + 0.3 * torch.randn(1, 4, 12, 12, 12).clamp(-1, 1)
+    got, by = diffusion.agree(estimate, low), (low - estimate)[nodes]
+    assert error(got[nodes], estimate[nodes] + by.clamp(-0.1, 0.1)) < 1e-6 and (by.abs() > 0.1).any() and (by.abs() < 0.1).any()
+    assert torch.equal(got[:, 1:], estimate[:, 1:]) and (got - estimate).abs().max() <= 0.1 + 1e-6
+    ramp = torch.arange(12.0).expand(1, 4, 12, 12, 12) / 100             # in between it is linear: a ramp that is off by a ramp comes back
+    got = diffusion.agree(ramp - 0.5 * ramp, upsample(ramp[..., ::4, ::4, ::4]))
+    assert error(got[:, :1, ..., :9], ramp[:, :1, ..., :9]) < 1e-6
+
+    net = lambda x, t, context: low + 0.05 * torch.sin(torch.arange(12.0))
+    made = ddim_sample(net, torch.randn_like(low), times(3), low=low, agreeing=True)
+    assert error(made[nodes], low[nodes]) < 1e-6 and error(made[:, 1:], net(0, 0, 0)[:, 1:]) < 1e-6
+
+
 @pytest.mark.parametrize("said, true, width", [(-860, -992, 244), (55, 5, 400), (-500, -600, None), (400, 300, None)])
 def test_windows_count_faint_differences_of_the_ct_and_nothing_outside(said, true, width):
     x0, x0_hat = (torch.tensor(encode("ct", np.full((1, 4, 2, 2, 2), hu))) for hu in (true, said))

@@ -108,6 +108,14 @@ def test_stop_at_low_writes_the_low_resolution_volume(model, tmp_path):
     assert volume(tmp_path / "sample").shape == (8, 8, 8)
 
 
+def test_stage_2_agrees_with_stage_1_if_asked_to(model, tmp_path):
+    for out, more in (("low", ["--stop-at-low"]), ("plain", []), ("no", ["--no-agree"]), ("agreeing", ["--agree"])):
+        run(model, tmp_path / out, *more)
+    low, plain, no, agreeing = (volume(tmp_path / out / "sample").astype(int) for out in ("low", "plain", "no", "agreeing"))
+    apart = lambda ct: np.abs(ct[::-1][::4, ::4, ::4] - low[::-1])       # x runs the other way in files
+    assert np.array_equal(plain, no) and apart(agreeing).mean() < apart(no).mean() - 40
+
+
 def test_slabs_change_memory_and_not_the_sample(model, tmp_path):
     for out, more in (("whole", []), ("slabs", ["--slab", 5]), ("dpm", ["--solver", "dpm"]), ("middle", ["--guidance-interval", 0.6, 0.9])):
         sample.main([*QUICK, "--low-steps", "4", "--no-amp", "--prompt", "Number 3.", "--model", str(model), "--out", str(tmp_path / out), *map(str, more)])

@@ -207,7 +207,7 @@ def dots(path, rows):
     plt = pyplot()
     panels = {}
     for r in rows:
-        panels.setdefault(r["unit"], {}).setdefault(f"{r['measure']}\n{r['folder'][-28:]}", []).append(r["value"])
+        panels.setdefault(r["unit"], {}).setdefault((r["measure"], r["folder"]), []).append(r["value"])
     widths = [max(3, 0.8 * len(groups)) for groups in panels.values()]
     fig, axes = plt.subplots(1, len(panels), figsize=(sum(widths), 4), width_ratios=widths, squeeze=False, layout="constrained")
     for ax, (unit, groups) in zip(axes[0], panels.items()):
@@ -215,7 +215,7 @@ def dots(path, rows):
             ax.plot([i] * len(values), values, "o", alpha=0.5)
             ax.plot([i - 0.2, i + 0.2], [np.mean(values)] * 2, "k-")
         ax.set_ylabel(unit)
-        ax.set_xticks(range(len(groups)), list(groups), rotation=60, ha="right", fontsize=7)
+        ax.set_xticks(range(len(groups)), [f"{measure}\n{folder[-36:]}" for measure, folder in groups], rotation=60, ha="right", fontsize=7)
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100))
     plt.close(fig)
 

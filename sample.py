@@ -240,7 +240,7 @@ def main(argv=None):
     p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), in stage 2 as good in 7 steps as ddim in 20")
     p.add_argument("--low-steps", type=int, default=50, help="steps of stage 1 (default 50), two network evaluations each with guidance")
     p.add_argument("--sr-steps", type=int, default=20, help="steps of stage 2 (default 20), one network evaluation each")
-    p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="keep the CT of stage 2 at the HU of stage 1 where the two differ faintly; default with demo weights alone")
+    p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="move the CT of stage 2 to the HU of stage 1, by at most 81; default for weights trained with a demo preset, and for no others")
     p.add_argument("--stop-at-low", action="store_true", help="write the low-resolution volume")
     p.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")

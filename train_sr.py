@@ -10,10 +10,9 @@ import torch
 from dataclasses import dataclass
 from typing import ClassVar
 
-import train_low
 from data import Cases, exits
 from diffusion import augment_low, ddim_sample, loss, times
-from train_low import all_folders, arg, draw, parse, run
+from train_low import Common, all_folders, arg, draw, parse, run
 from unet3d import UNet3D
 
 DEMO = dict(dim=16, levels=3, windows=0.4, bullae=2.0, augment=0.1, batch=2, micro=2, lr=8e-4, cool=1.0, steps=2300, ema_start=100, ema=0.99, ema_every=1,
@@ -21,7 +20,7 @@ DEMO = dict(dim=16, levels=3, windows=0.4, bullae=2.0, augment=0.1, batch=2, mic
 
 
 @dataclass
-class Config(train_low.Config):
+class Config(Common):
     out: str = arg("runs/sr", "run folder: last.pt, sr.safetensors, loss.csv, pictures")
     batch: int = arg(32, "samples per optimizer step over all processes")
     ema: float = arg(0.995, "decay of the running average; released code")
@@ -34,7 +33,7 @@ class Config(train_low.Config):
     augment: float = arg(0.4, "most noise on the low-resolution input, drawn anew from 0 to this for each sample; not in the paper, released code")
     kind: ClassVar = "sr"
     presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO,
-                         "demo-256": DEMO | dict(dim=24, batch=8, micro=8, steps=3000, crop="128,64,64", workers=4, save_every=500)}
+                         "demo-256": DEMO | dict(dim=24, batch=8, micro=8, steps=3000, crop="128,64,64", checkpointing="norms", workers=4, save_every=500)}
 
 
 def sr_data(cfg):

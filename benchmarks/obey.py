@@ -1,6 +1,6 @@
 """Do weights obey? The paper's claims, asked of a model trained on phantoms: phantoms and sentences that it never saw, measured by evaluate.py.
 
-    python benchmarks/obey.py --model checkpoints/demo               # an hour on two cores; --parts text for one of the parts
+    python benchmarks/obey.py --model checkpoints/demo               # an hour and a half on two cores; --parts text for one of the parts
 
 reading       what stage 1 could know: findings of a report read off its text states by a small attention network, in the sentences of training
               and in others; beside it the states of the same BERT with random weights (table 7)
@@ -139,7 +139,7 @@ def text(model, n, who=("phantoms", "training sentences", "held-out sentences"),
             rows.append((request, measure_phantom(x["ct"], x["lobe"])))
         table[name] = compare(rows)
         values += [dict(folder=f"{ask(r)}, {name}", measure=m, value=got[m], unit=UNITS[m]) for m, ask in ASKED.items() for r, got in rows]
-        print_columns("text", table)
+        print_columns("full" if full else "text", table)
     return table, values
 
 
@@ -264,18 +264,22 @@ def main(argv=None):
     p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="as in sample.py")
     p.add_argument("--seed", type=int, default=90_000, help="of the first held-out phantom, far from those of the training; choose options on one, report another")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")
-    p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where obey.json and obey.png appear")
+    p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where obey.json, obey.png and obey_full.png appear")
     args = p.parse_args(argv)
     with exits():
+        if min(args.n, args.n_full, args.low_steps, args.sr_steps) < 3:
+            raise ValueError(f"--n {args.n}, --n-full {args.n_full}, --low-steps {args.low_steps}, --sr-steps {args.sr_steps}; at least 3 each, so that every finding is asked for; raise them")
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = choose_device(args.device)
         args.amp, args.slab, args.compile = True, 0, args.device == "cuda"
         model = Model(args)
         model.order = 2 if args.solver == "dpm" else 1
+        if model.sr is None and {"full", "anatomy", "segmentation", "detail"} & set(args.parts):
+            raise ValueError(f"--model {args.model}: no stage-2 weights; these are measured too; train them with train_sr.py or pass --parts text memory reading")
         store = args.out / "obey.json"
         found = json.loads(store.read_text()) if store.exists() else {}   # parts may be run one by one
-        for part in args.parts:
+        for part in (p for p in parts if p in args.parts):
             if part == "text":
                 table, values = text(model, args.n)
                 dots(args.out / "obey.png", values)

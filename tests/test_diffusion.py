@@ -166,9 +166,10 @@ def test_stage_2_agrees_with_stage_1_where_they_differ_faintly():
     got, by = diffusion.agree(estimate, low), (low - estimate)[nodes]
     assert error(got[nodes], estimate[nodes] + by.clamp(-0.1, 0.1)) < 1e-6 and (by.abs() > 0.1).any() and (by.abs() < 0.1).any()
     assert torch.equal(got[:, 1:], estimate[:, 1:]) and (got - estimate).abs().max() <= 0.1 + 1e-6
-    ramp = torch.arange(12.0).expand(1, 4, 12, 12, 12) / 100             # in between it is linear: a ramp that is off by a ramp comes back
-    got = diffusion.agree(ramp - 0.5 * ramp, upsample(ramp[..., ::4, ::4, ::4]))
-    assert error(got[:, :1, ..., :9], ramp[:, :1, ..., :9]) < 1e-6
+    for n in (12, 10):                                                   # in between it is linear: a ramp that is off by a ramp comes back
+        ramp = torch.arange(n).expand(1, 4, 8, 12, n) / 100
+        got = diffusion.agree(ramp - 0.5 * ramp, upsample(ramp[..., ::4, ::4, ::4])[..., :n])
+        assert error(got[:, :1, ..., :9], ramp[:, :1, ..., :9]) < 1e-6
 
     net = lambda x, t, context: low + 0.05 * torch.sin(torch.arange(12.0))
     made = ddim_sample(net, torch.randn_like(low), times(3), low=low, agreeing=True)

@@ -1,5 +1,6 @@
 """Sampling as a user types it: files in, files out, in the right place; wrong input is one line."""
 import json
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -114,6 +115,13 @@ def test_stage_2_agrees_with_stage_1_if_asked_to(model, tmp_path):
     low, plain, no, agreeing = (volume(tmp_path / out / "sample").astype(int) for out in ("low", "plain", "no", "agreeing"))
     apart = lambda ct: np.abs(ct[::-1][::4, ::4, ::4] - low[::-1])       # x runs the other way in files
     assert np.array_equal(plain, no) and apart(agreeing).mean() < apart(no).mean() - 40
+
+
+def test_demo_weights_agree_unasked_and_no_others():
+    own = lambda preset: dict(step=1, provenance=dict(config=dict(preset=preset)))
+    said = lambda agree, about: sample.agrees(SimpleNamespace(agree=agree), about)
+    assert said(None, own("demo")) and said(None, own("demo-256")) and said(True, own("paper")) and not said(False, own("demo"))
+    assert not said(None, own("paper")) and not said(None, own("")) and not said(None, dict(kind="sr", grid=256, provenance="released weights, CC-BY-NC"))
 
 
 def test_slabs_change_memory_and_not_the_sample(model, tmp_path):

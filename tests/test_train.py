@@ -226,6 +226,16 @@ def test_the_learning_rate_falls_at_the_end(phantoms, tmp_path):
     assert rate() == 0.5e-3
 
 
+@pytest.mark.parametrize("kind", [train_low, train_sr])
+def test_every_preset_is_a_configuration(kind):
+    for name in kind.Config.presets:
+        cfg = train_low.parse(kind.Config, "", ["--preset", name, "--device", "cpu"])
+        assert cfg.preset == name and cfg.batch % cfg.micro == 0
+        if kind is train_sr:
+            D, H, W = map(int, cfg.crop.split(","))
+            assert H % (cfg.patch * 2 ** (cfg.levels - 1)) == W % (cfg.patch * 2 ** (cfg.levels - 1)) == D % cfg.patch == 0
+
+
 def test_windows_count_in_both_stages():
     x0, other = torch.full((2, 2, 4, 4, 4, 4), 0.25)                     # -9 HU
     net = lambda x, *_: x0 - 0.1                                         # 81 HU too low

@@ -194,7 +194,8 @@ def load_checkpoint(out, cfg):
         except (zipfile.BadZipFile, ValueError, RuntimeError, OSError, EOFError) as e:
             print(f"warning: {path} is not readable ({type(e).__name__}); trying the one before it", file=sys.stderr)
             continue
-        differing = [f"{k} {v!r} -> {asdict(cfg)[k]!r}" for k, v in state["config"].items() if k not in FREE and asdict(cfg).get(k) != v]
+        now = asdict(cfg)
+        differing = [f"{k} {v!r} -> {now[k]!r}" for k, v in state["config"].items() if k in now and k not in FREE and now[k] != v]
         if state["kind"] != cfg.kind or differing:
             raise ValueError(f"{path}: a run of kind {state['kind']} that differs in {', '.join(differing) or 'kind'}; a run keeps its "
                              "configuration; repeat its options or choose another --out")

@@ -19,8 +19,9 @@ from sample import read_safetensors
 from unet3d import TextPool, UNet3D
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "2", "--heads", "1", "--batch", "4", "--micro", "2", "--workers", "0",
-        "--holdout", "1", "--warm_up", "0", "--cool", "0", "--show_every", "1000", "--log_every", "1", "--ema_start", "3"]
+TINY_SR = ["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "2", "--heads", "1", "--batch", "4", "--micro", "2", "--workers", "0",
+           "--holdout", "1", "--cool", "0", "--show_every", "1000", "--log_every", "1", "--ema_start", "3"]
+TINY = [*TINY_SR, "--warm_up", "0"]
 
 
 def weights(out, kind="low"):
@@ -68,14 +69,14 @@ def test_two_processes_match_one_and_resume_to_the_bit(phantoms, tmp_path):
 
 
 def test_two_processes_train_stage_2(phantoms, tmp_path):
-    done = torchrun("train_sr.py", *TINY, "--data", phantoms, "--out", tmp_path / "sr", "--steps", 2, "--crop", "16,16,16")
+    done = torchrun("train_sr.py", *TINY_SR, "--data", phantoms, "--out", tmp_path / "sr", "--steps", 2, "--crop", "16,16,16")
     assert done.returncode == 0, done.stderr
     net, about = exported(tmp_path / "sr", "sr")
     assert about["grid"] == 32 and net.args["in_channels"] == 8
 
 
 def test_a_light_stage_2_trains_and_loads(phantoms, tmp_path):
-    train_sr.main([*TINY, "--data", str(phantoms), "--out", str(tmp_path), "--steps", "2", "--crop", "16,16,16", "--patch", "2"])
+    train_sr.main([*TINY_SR, "--data", str(phantoms), "--out", str(tmp_path), "--steps", "2", "--crop", "16,16,16", "--patch", "2"])
     net, _ = exported(tmp_path, "sr")
     assert net.args["patch"] == 2 and net(torch.randn(1, 8, 8, 8, 8), torch.tensor([0.5])).shape == (1, 4, 8, 8, 8)
 
@@ -135,13 +136,13 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
                         *[(["--data", phantoms, "--device", "cuda"], "no GPU")] * (not torch.cuda.is_available()), (["--data", phantoms, "--device", "tpu"], "cuda or cpu")]:
         code, err = fails(capsys, *TINY, *args)
         assert code == 2 and words in err and err.count("\n") == 1, err
-    code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)
+    code, err = fails(capsys, *TINY_SR, "--data", phantoms, "--crop", "16,15,16", run=train_sr.main)
     assert code == 2 and "--crop" in err
-    code, err = fails(capsys, *TINY, "--data", phantoms, "--augment", "1.5", run=train_sr.main)
+    code, err = fails(capsys, *TINY_SR, "--data", phantoms, "--augment", "1.5", run=train_sr.main)
     assert code == 2 and "at most 1" in err
-    code, err = fails(capsys, *TINY, "--data", phantoms, "--crop", "15,16,16", "--patch", "2", run=train_sr.main)
+    code, err = fails(capsys, *TINY_SR, "--data", phantoms, "--crop", "15,16,16", "--patch", "2", run=train_sr.main)
     assert code == 2 and "D of 2" in err
-    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--crop", "16,16,16", run=train_sr.main)
+    code, err = fails(capsys, *TINY_SR, "--data", phantoms, "--out", tmp_path / "a", "--crop", "16,16,16", run=train_sr.main)
     assert code == 2 and "kind low" in err
 
 

@@ -11,7 +11,7 @@ from data import SCALE, encode
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 WINDOWS = (-1024, -780), (-160, 240)     # HU; not in the paper: where air differs from lung, and fluid from muscle
-FAINT = 0.1              # of [-1,1], 81 HU; not in the paper: most that `agree` moves; beside an edge, which stage 2 may place better, the stages differ by more
+FAINT = 0.1              # of [-1,1], 81 HU: the most that `agree` moves a voxel; not in the paper. At edges the stages differ by more, and there stage 2 knows better
 EMPTY = -930             # HU below which a lung is no lung any more; not in the paper, whose measure is -950
 
 

@@ -89,6 +89,7 @@ class Config(Common):
     pooled: bool = arg(False, "the text is also pooled into the time embedding, with which small networks obey sooner; not in the paper")
     warm_up: int = arg(1200, "with --pooled: steps in which the pooling learns to read, before the network hears it")
     kind: ClassVar = "low"
+    validated: ClassVar = dict(windows=0.0)
     presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(levels=4, batch=16, micro=16, steps=8000, checkpointing="norms", workers=4, save_every=500)}
 
 
@@ -243,9 +244,9 @@ def ignore_signals(_):
 
 @torch.no_grad()
 def validate(cfg, net, dataset, loss_fn, device):
-    """Mean of eq. 9 or 10 over the held-out cases, each at 4 fixed draws of t and noise: without --windows, with the released code's --augment, but with
-    t as --late draws it.   -> float"""
-    cfg, total = replace(cfg, **{k: v for k, v in dict(windows=0.0, augment=0.4).items() if hasattr(cfg, k)}), 0.0
+    """Mean of eq. 9 or 10 over the held-out cases, each at 4 fixed draws of t and noise, with `cfg.validated` for whatever the
+    training has, so that runs compare; only --late stays, which draws t.   -> float"""
+    cfg, total = replace(cfg, **cfg.validated), 0.0
     for item in range(4 * len(dataset)):
         batch = [torch.as_tensor(x)[None].to(device) for x in dataset[item]]
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):

@@ -32,6 +32,7 @@ class Config(Common):
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
     augment: float = arg(0.4, "most noise on the low-resolution input, drawn anew from 0 to this for each sample; not in the paper, released code")
     kind: ClassVar = "sr"
+    validated: ClassVar = dict(windows=0.0, augment=0.4)
     presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO,
                          "demo-256": DEMO | dict(dim=24, batch=8, micro=8, steps=3000, crop="128,64,64", checkpointing="norms", workers=4, save_every=500)}
 

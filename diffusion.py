@@ -30,13 +30,27 @@ def q_sample(x0, t, eps):
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
 
-def loss(net, x0, t, eps, context=None, low=None, drop=None, windows=0.0, bullae=0.0):
+def choose_given(v, share):
+    """Which channels a training sample shows without noise, as if they were fixed (sec. 4.4): in a `share` of the samples, half of them the CT alone,
+    which is then segmented, half of them each mask with p = 1/2. Not in the paper, whose network always sees known anatomy under noise.
+
+    v: (B,4) uniform in [0,1]   -> (B,4) bool
+    """
+    ct = v[:, :1] < share / 2
+    return torch.cat([ct, ~ct & (v[:, :1] < share) & (v[:, 1:] < 0.5)], dim=1)
+
+
+def loss(net, x0, t, eps, context=None, low=None, drop=None, given=None, windows=0.0, bullae=0.0):
     """Eq. 5, 7, 9, 10: || net(x_t, t) - x_0 ||^2, mean over everything; the network predicts x_0.
 
     context: (B,N,width) text of stage 1.   drop: (B,) bool, which samples train the null text instead.
-    low: (B,4,D,H,W), stage 2's low-resolution volume on the grid of x0.   windows: weight of `window_loss`, 0 in the paper   bullae: see there.   -> scalar
+    low: (B,4,D,H,W), stage 2's low-resolution volume on the grid of x0.   given: (B,4) bool, which channels are shown without noise; none in the paper
+    windows: weight of `window_loss`, 0 in the paper   bullae: see there.   -> scalar
     """
-    x0_hat = net(with_low(q_sample(x0, t, eps), low), t, context, drop)
+    xt = q_sample(x0, t, eps)
+    if given is not None:
+        xt = torch.where(given[..., None, None, None], x0, xt)
+    x0_hat = net(with_low(xt, low), t, context, drop)
     value = (x0_hat - x0).square().mean()
     return value + windows * window_loss(x0_hat, x0, t, bullae) if windows else value
 
@@ -131,20 +145,24 @@ def guided(net, seen, t, context, guidance):
 
 
 @torch.no_grad()
-def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed=(), low=None, agreeing=False, interval=(0.0, 1.0), order=1, progress=iter):
+def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed=(), low=None, agreeing=False, clean=False, interval=(0.0, 1.0), order=1, progress=iter):
     """A sample from noise, by DDIM through `times` (sec. 4.2), with anatomy held fixed if wanted (sec. 4.4).
 
     noise: (B,4,D,H,W)   times: (n,) descending, any sequence; the last step goes to clean data
     context: (B,N,width) text or None   guidance: 1 none, 2 released previews, 3 anatomy experiments
     interval: (lowest, highest) t at which guidance is applied; it is a second network evaluation, and matters only in the middle
     known, fixed: clean channels (B,4,D,H,W), and the list of channel indices in which they replace the estimate at every step
+    clean: whether the network sees them without noise, for one that was trained so (`loss`, given)
     low: (B,4,D,H,W) for stage 2   agreeing: whether its estimates are made to `agree` with that   order: 1 DDIM, 2 DPM-Solver++(2M)   progress: wraps the steps, e.g. tqdm.   -> (B,4,D,H,W) in [-1,1]
     """
     fixed, xt, u, x0_before = list(fixed), noise, None, None
+    given = torch.tensor([c in fixed for c in range(noise.shape[1])], device=noise.device).reshape(1, -1, 1, 1, 1)
     steps = list(zip(times.tolist(), times[1:].tolist() + [None]))
     for t, s in progress(steps):
         inside = interval[0] <= t <= interval[1]
         t = torch.full((len(xt),), t, device=xt.device)
+        if clean and fixed:
+            xt = torch.where(given, known, xt)
         seen = with_low(xt, low)
         if guidance == 1 or context is None or not inside:
             x0_hat = net(seen, t, context)
@@ -154,7 +172,7 @@ def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed
         if agreeing:
             x0_hat = agree(x0_hat, low)
         if fixed:
-            x0_hat[:, fixed] = known[:, fixed]
+            x0_hat = torch.where(given, known, x0_hat)
         if s is None:
             return x0_hat
         s = torch.full_like(t, s)

@@ -115,6 +115,11 @@ def agrees(args, about):
     return "step" in about and about["provenance"]["config"]["preset"].startswith("demo")
 
 
+def trained_given(about):
+    """Whether a stage was trained on anatomy shown without noise (train_low.py --given), so that it is best shown what is fixed like that.   about: the stage's"""
+    return "step" in about and about["provenance"]["config"].get("given", 0) > 0
+
+
 def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=()):
     """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume   text: (1,N,width) or None
     known: (1,4,G,G,G) clean channels on the full grid, of which `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
@@ -133,12 +138,12 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
 
     known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, interval=args.guidance_interval,
+        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"], interval=args.guidance_interval,
                         progress=bar("low resolution"), **options)
         if args.slab:
             low_net.cpu()                                                # its weights would take the memory that is to be saved
         if sr_net is not None:
-            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, low=upsample(x), agreeing=args.agree, progress=bar("super-resolution"), **options)
+            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree, progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
     return x[0].float().cpu()
@@ -185,6 +190,7 @@ def sample(args):
         raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
     args.compile = device.startswith("cuda") if args.compile is None else args.compile
     args.agree = sr_net is not None and agrees(args, sr_about)
+    args.clean = {kind: trained_given(about) for kind, (_, about) in stages.items()}
     for net in filter(None, (low_net, sr_net)):
         place(net, device, args)
     grid = low_about["grid"]

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import CHANNELS, Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
-from diffusion import ddim_sample, loss, times
+from diffusion import choose_given, ddim_sample, loss, times
 from unet3d import UNet3D
 
 
@@ -65,6 +65,7 @@ class Common:
     clip: float = arg(1.0, "largest gradient norm")
     windows: float = arg(0.0, "weight of the CT's error seen in narrow windows of HU, where faint differences show (diffusion.window_loss); 0 is the paper's")
     bullae: float = arg(0.0, "with --windows: how much more a voxel of empty lung counts there, of which there are few; 0 is the paper's")
+    given: float = arg(0.0, "share of samples in which the CT, or some masks, are shown without noise, as fixed ones are then while sampling; 0 is the paper's")
     ema: float = arg(0.999, "decay of the running average; released code")
     ema_every: int = arg(1, "steps between its updates; released code")
     ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
@@ -89,11 +90,11 @@ class Config(Common):
     pooled: bool = arg(False, "the text is also pooled into the time embedding, with which small networks obey sooner; not in the paper")
     warm_up: int = arg(1200, "with --pooled: steps in which the pooling learns to read, before the network hears it")
     kind: ClassVar = "low"
-    validated: ClassVar = dict(windows=0.0)
+    validated: ClassVar = dict(windows=0.0, given=0.0)
     presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(levels=4, batch=16, micro=16, steps=8000, checkpointing="norms", workers=4, save_every=500)}
 
 
-FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",
+FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "given", "augment", "ema", "ema_every", "ema_start",
         "workers", "log_every", "save_every", "show_every"}              # may change on resume
 
 
@@ -118,36 +119,37 @@ def parse(config, doc, argv=None):
             raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
         if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
             raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
-        if f.name in ("drop", "ema", "late", "cool", "augment") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
-            raise ValueError(f"--{f.name} {value}; drop, ema, late, cool and augment are at most 1, clip is more than 0, a seed below 2^23; change it")
+        if f.name in ("drop", "ema", "late", "cool", "augment", "given") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
+            raise ValueError(f"--{f.name} {value}; drop, ema, late, cool, augment and given are at most 1, clip is more than 0, a seed below 2^23; change it")
     return cfg
 
 
 # --- what makes stage 1: a network, cases, and the loss of a batch ---
 
 def draw(keys, shape, device, seed):
-    """Per sample: t ~ U[0,1], noise eps, and one more uniform number, from a generator of the sample's own number.   keys: (B,)"""
-    t, u, eps = [], [], []
+    """Per sample: t ~ U[0,1], one more uniform number, noise eps, and four uniform numbers, from a generator of the sample's own number.   keys: (B,)"""
+    t, u, eps, v = [], [], [], []
     for k in keys.tolist():
         g = torch.Generator(device).manual_seed((seed << 40) + k)
         tu = torch.rand(2, generator=g, device=device)
         t.append(tu[0]), u.append(tu[1])
         eps.append(torch.randn(shape, generator=g, device=device))
-    return torch.stack(t), torch.stack(u), torch.stack(eps)
+        v.append(torch.rand(len(CHANNELS), generator=g, device=device))
+    return torch.stack(t), torch.stack(u), torch.stack(eps), torch.stack(v)
 
 
 def low_loss(cfg, net, batch):
     """Eq. 9 for a batch (k, x0 (B,4,g,g,g), text (B,N,width)); the text is dropped with p = cfg.drop."""
     keys, x0, text = batch
-    t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
+    t, u, eps, v = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # none of these drops its text: u < cfg.drop does
-    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, windows=cfg.windows, bullae=cfg.bullae)
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=choose_given(v, cfg.given), windows=cfg.windows, bullae=cfg.bullae)
 
 
 def low_samples(cfg, net, dataset, device, n=2):
     """For the picture: real cases and samples from their reports, guidance 2 (the released previews').   -> list of (4,g,g,g), their titles"""
     _, x0, text = next(iter(DataLoader(dataset, batch_size=min(n, len(dataset)))))
-    _, _, eps = draw(torch.arange(len(x0)), x0.shape[1:], device, cfg.seed)
+    _, _, eps, _ = draw(torch.arange(len(x0)), x0.shape[1:], device, cfg.seed)
     made = ddim_sample(net, eps, times(20), text.to(device), guidance=2.0).cpu()
     return [*x0, *made], ["held out"] * len(x0) + ["sample"] * len(x0)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from data import Cases, exits
-from diffusion import augment_low, ddim_sample, loss, times
+from diffusion import augment_low, choose_given, ddim_sample, loss, times
 from train_low import Common, all_folders, arg, draw, parse, run
 from unet3d import UNet3D
 
@@ -32,7 +32,7 @@ class Config(Common):
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
     augment: float = arg(0.4, "most noise on the low-resolution input, drawn anew from 0 to this for each sample; not in the paper, released code")
     kind: ClassVar = "sr"
-    validated: ClassVar = dict(windows=0.0, augment=0.4)
+    validated: ClassVar = dict(windows=0.0, given=0.0, augment=0.4)
     presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO,
                          "demo-256": DEMO | dict(dim=24, batch=8, micro=8, steps=3000, crop="128,64,64", checkpointing="norms", workers=4, save_every=500)}
 
@@ -58,14 +58,14 @@ def sr_net(cfg, dataset):
 def sr_loss(cfg, net, batch):
     """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input."""
     keys, x0, low = batch
-    t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
-    return loss(net, x0, t, eps[:, :4], low=augment_low(low, cfg.augment * u, eps[:, 4:]), windows=cfg.windows, bullae=cfg.bullae)
+    t, u, eps, v = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
+    return loss(net, x0, t, eps[:, :4], low=augment_low(low, cfg.augment * u, eps[:, 4:]), given=choose_given(v, cfg.given), windows=cfg.windows, bullae=cfg.bullae)
 
 
 def sr_samples(cfg, net, dataset, device):
     """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.   -> list of (4,...), their titles"""
     key, x0, low = Cases(dataset.folders[:1], 0, (min(128, dataset.grid),) * 3)[0]
-    _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
+    _, _, eps, _ = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
     return [x0, low, ddim_sample(net, eps, times(10), low=low[None].to(device))[0].cpu()], ["held out", "its low resolution", "sample"]
 
 

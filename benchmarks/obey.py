@@ -29,7 +29,7 @@ import text_encoder
 from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, keep_memory, upsample, write_atomic
 from diffusion import ddim_sample, times
 from evaluate import UNITS, dice, dots, measure_phantom
-from sample import agrees, generate, load_stages, place
+from sample import agrees, generate, load_stages, place, trained_given
 from unet3d import TextPool
 
 
@@ -40,6 +40,7 @@ class Model:
         stages = load_stages(args.model)
         (self.low, about), (self.sr, sr_about) = stages["low"], stages.get("sr", (None, None))
         args.agree = self.sr is not None and agrees(args, sr_about)
+        args.clean = {kind: trained_given(about) for kind, (_, about) in stages.items()}
         self.args, self.grid, self.step = args, about["grid"], about["step"]
         for net in filter(None, (self.low, self.sr)):
             place(net, args.device, args)

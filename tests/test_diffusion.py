@@ -132,6 +132,38 @@ def test_fixed_channels_come_out_unchanged_and_the_others_do_not(order):
     assert error(x[:, [1, 3]], known[:, [1, 3]]) == 0 and error(x[:, [0, 2]], torch.full((1, 2, 2, 4, 4), 0.3)) == 0
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_fixed_channels_are_seen_clean_by_networks_trained_so(order):
+    known, noise = torch.rand(2, 1, 4, 2, 4, 4)
+    before, seen = noise.clone(), []
+
+    def net(x, t, context=None):
+        seen.append(x)
+        return torch.full_like(x, 0.3)
+    ddim_sample(net, noise, times(3), known=known, fixed=[1, 3], order=order)
+    x = ddim_sample(net, noise, times(3), known=known, fixed=[1, 3], clean=True, order=order)
+    assert error(x[:, [1, 3]], known[:, [1, 3]]) == 0 and torch.equal(noise, before)
+    for noisy, clean in zip(seen[:3], seen[3:]):
+        assert torch.equal(clean[:, [1, 3]], known[:, [1, 3]]) and torch.equal(clean[:, [0, 2]], noisy[:, [0, 2]])
+        assert not torch.isclose(noisy[:, [1, 3]], known[:, [1, 3]]).any()
+
+
+def test_a_share_of_the_samples_trains_with_channels_without_noise():
+    given = diffusion.choose_given(torch.rand(4000, 4, generator=torch.Generator().manual_seed(0)), 0.4)
+    alone = given[:, 0]
+    assert not given[alone, 1:].any() and 0.17 < alone.float().mean() < 0.23                          # the CT: half of 0.4
+    masks = given[~alone & given.any(1)].float()
+    assert 0.15 < len(masks) / 4000 < 0.2 and (masks[:, 1:].mean(0) - 4 / 7).abs().max() < 0.05       # all but the eighth in which no mask is drawn
+    assert not diffusion.choose_given(torch.rand(100, 4), 0.0).any()
+
+    x0, eps = torch.randn(2, 2, 4, 2, 4, 4)
+    t, seen = torch.tensor([0.5, 1.0]), []
+    loss(lambda x, *_: seen.append(x) or x0, x0, t, eps, given=torch.tensor([[True, False, False, False], [False, True, False, True]]))
+    xt = q_sample(x0, t, eps)
+    assert torch.equal(seen[0][0, 0], x0[0, 0]) and torch.equal(seen[0][0, 1:], xt[0, 1:])
+    assert torch.equal(seen[0][1, [1, 3]], x0[1, [1, 3]]) and torch.equal(seen[0][1, [0, 2]], xt[1, [0, 2]])
+
+
 def test_steps_are_network_evaluations_twice_when_guided():
     calls = []
 

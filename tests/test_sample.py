@@ -124,6 +124,26 @@ def test_demo_weights_agree_unasked_and_no_others():
     assert not said(None, own("paper")) and not said(None, own("")) and not said(None, dict(kind="sr", grid=256, provenance="released weights, CC-BY-NC"))
 
 
+def test_what_is_fixed_is_shown_clean_to_networks_trained_so(model, airway, tmp_path):
+    own = lambda config: dict(step=1, provenance=dict(config=config))
+    assert sample.trained_given(own(dict(given=0.4))) and not sample.trained_given(own(dict(given=0.0))) and not sample.trained_given(own({}))
+    assert not sample.trained_given(dict(kind="sr", grid=256, provenance="released weights, CC-BY-NC"))
+
+    twin = tmp_path / "twin"                                             # the same weights, said to be trained so
+    twin.mkdir()
+    for kind, grid in (("low", 8), ("sr", 32)):
+        cfg = Config(given=0.4)
+        cfg.kind = kind
+        export(twin / f"{kind}.safetensors", cfg, sample.load_stages(model)[kind][0], grid, 1, 1)
+    for name, folder in (("noisy", model), ("clean", twin)):
+        run(folder, tmp_path / name, "--airway", airway, "--no-amp")
+        run(folder, tmp_path / name / "free", "--no-amp")
+    noisy, clean = (json.loads((tmp_path / name / "sample/sample.json").read_text())["arguments"]["clean"] for name in ("noisy", "clean"))
+    assert noisy == dict(low=False, sr=False) and clean == dict(low=True, sr=True)
+    assert not np.array_equal(volume(tmp_path / "noisy/sample"), volume(tmp_path / "clean/sample"))
+    assert np.array_equal(volume(tmp_path / "noisy/free/sample"), volume(tmp_path / "clean/free/sample"))
+
+
 def test_slabs_change_memory_and_not_the_sample(model, tmp_path):
     for out, more in (("whole", []), ("slabs", ["--slab", 5]), ("dpm", ["--solver", "dpm"]), ("middle", ["--guidance-interval", 0.6, 0.9])):
         sample.main([*QUICK, "--low-steps", "4", "--no-amp", "--prompt", "Number 3.", "--model", str(model), "--out", str(tmp_path / out), *map(str, more)])

@@ -246,6 +246,18 @@ def test_windows_count_in_both_stages():
         assert plain == pytest.approx(0.01) and plain < seen < 0.5
 
 
+def test_both_stages_show_given_channels_as_asked():
+    x0, other = torch.full((2, 16, 4, 4, 4, 4), 0.25)
+    for kind, loss_fn in ((train_low, train_low.low_loss), (train_sr, train_sr.sr_loss)):
+        seen = []
+        net = lambda x, *_: seen.append(x[:, -4:]) or x0
+        for share in (0.0, 1.0):
+            loss_fn(kind.Config(given=share), net, (torch.arange(16), x0, other))
+        none, all_of_them = ((x == 0.25).all(-1).all(-1).all(-1) for x in seen)
+        assert not none.any() and all_of_them.any(0).all() and not all_of_them.all(0).any()
+        assert torch.equal(seen[0][~all_of_them], seen[1][~all_of_them])     # the rest of the noise is the same
+
+
 def test_the_low_resolution_input_is_as_noisy_as_asked():
     low = torch.full((8, 4, 4, 4, 4), 0.5)
     seen = []

@@ -127,14 +127,14 @@ def parse(config, doc, argv=None):
 # --- what makes stage 1: a network, cases, and the loss of a batch ---
 
 def draw(keys, shape, device, seed):
-    """Per sample: t ~ U[0,1], one more uniform number, noise eps, and four uniform numbers, from a generator of the sample's own number.   keys: (B,)"""
+    """Per sample: t ~ U[0,1], one more uniform number, noise eps, and 85 uniform numbers for `given`, from a generator of the sample's own number.   keys: (B,)"""
     t, u, eps, v = [], [], [], []
     for k in keys.tolist():
         g = torch.Generator(device).manual_seed((seed << 40) + k)
         tu = torch.rand(2, generator=g, device=device)
         t.append(tu[0]), u.append(tu[1])
         eps.append(torch.randn(shape, generator=g, device=device))
-        v.append(torch.rand(len(CHANNELS), generator=g, device=device))
+        v.append(torch.rand(len(CHANNELS) + 3**4, generator=g, device=device))
     return torch.stack(t), torch.stack(u), torch.stack(eps), torch.stack(v)
 
 
@@ -143,7 +143,7 @@ def low_loss(cfg, net, batch):
     keys, x0, text = batch
     t, u, eps, v = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # none of these drops its text: u < cfg.drop does
-    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=choose_given(v, cfg.given), windows=cfg.windows, bullae=cfg.bullae)
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=choose_given(v[:, :4], cfg.given), windows=cfg.windows, bullae=cfg.bullae)
 
 
 def low_samples(cfg, net, dataset, device, n=2):

@@ -7,10 +7,11 @@ Paper sec. 4.2.2, eq. 7 and 10; numbers from sec. 4.6 unless a line says otherwi
 The network sees [low, x_t] and no text. It is trained on crops and run on whole volumes: it has no position but what it sees.
 """
 import torch
+import torch.nn.functional as F
 from dataclasses import dataclass
 from typing import ClassVar
 
-from data import Cases, exits
+from data import SCALE, Cases, exits
 from diffusion import augment_low, choose_given, ddim_sample, loss, times
 from train_low import Common, all_folders, arg, draw, parse, run
 from unet3d import UNet3D
@@ -55,11 +56,28 @@ def sr_net(cfg, dataset):
                   patch=cfg.patch, checkpointing=cfg.checkpointing)
 
 
+def misplace(lobe, by):
+    """Lobes of a low-resolution volume whose borders inside the lung lie elsewhere, as stage 1 errs; the outline of the lungs stays.
+
+    lobe: (B,1,D,H,W), on the full grid   by: (B,3,n,n,n) voxels of the low grid along D, H, W, interpolated between the n^3 places   -> (B,1,D,H,W)
+    """
+    shift = SCALE * F.interpolate(by, lobe.shape[2:], mode="trilinear", align_corners=True).round().long()
+    d, h, w = (torch.arange(n, device=lobe.device).reshape([-1 if i == axis else 1 for i in range(3)]) for axis, n in enumerate(lobe.shape[2:]))
+    at = [(place + shift[:, axis]).clamp(0, n - 1) for axis, (place, n) in enumerate(zip((d, h, w), lobe.shape[2:]))]
+    moved = lobe[torch.arange(len(lobe), device=lobe.device).reshape(-1, 1, 1, 1), 0, *at][:, None]
+    return torch.where((lobe > -0.8) & (moved > -0.8), moved, lobe)      # lobes are -0.6 to 1, nothing is -1
+
+
 def sr_loss(cfg, net, batch):
-    """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input."""
+    """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input. Where the CT is given, it shows the fissures,
+    and the low-resolution lobes are misplaced by up to 4 of their voxels, that the network looks for them."""
     keys, x0, low = batch
     t, u, eps, v = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
-    return loss(net, x0, t, eps[:, :4], low=augment_low(low, cfg.augment * u, eps[:, 4:]), given=choose_given(v, cfg.given), windows=cfg.windows, bullae=cfg.bullae)
+    given = choose_given(v[:, :4], cfg.given)
+    if cfg.given:
+        lobe = misplace(low[:, 1:2], 8 * v[:, 4:].reshape(-1, 3, 3, 3, 3) - 4)
+        low = torch.cat([low[:, :1], torch.where(given[:, 0, None, None, None, None], lobe, low[:, 1:2]), low[:, 2:]], dim=1)
+    return loss(net, x0, t, eps[:, :4], low=augment_low(low, cfg.augment * u, eps[:, 4:]), given=given, windows=cfg.windows, bullae=cfg.bullae)
 
 
 def sr_samples(cfg, net, dataset, device):

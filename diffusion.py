@@ -156,13 +156,13 @@ def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed
     low: (B,4,D,H,W) for stage 2   agreeing: whether its estimates are made to `agree` with that   order: 1 DDIM, 2 DPM-Solver++(2M)   progress: wraps the steps, e.g. tqdm.   -> (B,4,D,H,W) in [-1,1]
     """
     fixed, xt, u, x0_before = list(fixed), noise, None, None
-    given = torch.tensor([c in fixed for c in range(noise.shape[1])], device=noise.device).reshape(1, -1, 1, 1, 1)
     steps = list(zip(times.tolist(), times[1:].tolist() + [None]))
     for t, s in progress(steps):
         inside = interval[0] <= t <= interval[1]
         t = torch.full((len(xt),), t, device=xt.device)
         if clean and fixed:
-            xt = torch.where(given, known, xt)
+            xt = xt.clone()                                              # the noise is the caller's
+            xt[:, fixed] = known[:, fixed]
         seen = with_low(xt, low)
         if guidance == 1 or context is None or not inside:
             x0_hat = net(seen, t, context)
@@ -172,7 +172,7 @@ def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed
         if agreeing:
             x0_hat = agree(x0_hat, low)
         if fixed:
-            x0_hat = torch.where(given, known, x0_hat)
+            x0_hat[:, fixed] = known[:, fixed]
         if s is None:
             return x0_hat
         s = torch.full_like(t, s)

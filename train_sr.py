@@ -73,8 +73,9 @@ def sr_loss(cfg, net, batch):
     and the low-resolution lobes are misplaced by up to 4 of their voxels, that the network looks for them."""
     keys, x0, low = batch
     t, u, eps, v = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
-    given = choose_given(v[:, :4], cfg.given)
+    given = None
     if cfg.given:
+        given = choose_given(v[:, :4], cfg.given)
         lobe = misplace(low[:, 1:2], 8 * v[:, 4:].reshape(-1, 3, 3, 3, 3) - 4)
         low = torch.cat([low[:, :1], torch.where(given[:, 0, None, None, None, None], lobe, low[:, 1:2]), low[:, 2:]], dim=1)
     return loss(net, x0, t, eps[:, :4], low=augment_low(low, cfg.augment * u, eps[:, 4:]), given=given, windows=cfg.windows, bullae=cfg.bullae)

@@ -127,7 +127,9 @@ def parse(config, doc, argv=None):
 # --- what makes stage 1: a network, cases, and the loss of a batch ---
 
 def draw(keys, shape, device, seed):
-    """Per sample: t ~ U[0,1], one more uniform number, noise eps, and 85 uniform numbers for `given`, from a generator of the sample's own number.   keys: (B,)"""
+    """Per sample: t ~ U[0,1], one more uniform number, noise eps, and uniform numbers v for `--given`: 4 for `choose_given`,
+    3^4 for stage 2's `misplace`. All come from a generator of the sample's own number.   keys: (B,)
+    """
     t, u, eps, v = [], [], [], []
     for k in keys.tolist():
         g = torch.Generator(device).manual_seed((seed << 40) + k)

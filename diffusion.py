@@ -32,12 +32,14 @@ def q_sample(x0, t, eps):
 
 def choose_given(v, share):
     """Which channels a training sample shows without noise, as if they were fixed (sec. 4.4): in a `share` of the samples, half of them the CT alone,
-    which is then segmented, half of them each mask with p = 1/2. Not in the paper, whose network always sees known anatomy under noise.
+    which is then segmented, half of them masks: none, one, two or three alike often. Not in the paper, whose network always sees known anatomy under noise.
 
     v: (B,4) uniform in [0,1]   -> (B,4) bool
     """
     ct = v[:, :1] < share / 2
-    return torch.cat([ct, ~ct & (v[:, :1] < share) & (v[:, 1:] < 0.5)], dim=1)
+    masks = ~ct & (v[:, :1] < share)
+    p = 2 * v[:, :1] - share                                             # uniform in [0, share] where masks are shown: each of them with p / share
+    return torch.cat([ct, masks & (share * v[:, 1:] < p)], dim=1)
 
 
 def loss(net, x0, t, eps, context=None, low=None, drop=None, given=None, windows=0.0, bullae=0.0):

@@ -273,7 +273,7 @@ def main(argv=None):
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = choose_device(args.device)
-        args.amp, args.slab, args.compile = True, 0, args.device == "cuda"
+        args.amp, args.slab, args.compile, args.tidy = True, 0, args.device == "cuda", True
         model = Model(args)
         model.order = 2 if args.solver == "dpm" else 1
         if model.sr is None and {"full", "anatomy", "segmentation", "detail"} & set(args.parts):

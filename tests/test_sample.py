@@ -117,6 +117,32 @@ def test_stage_2_agrees_with_stage_1_if_asked_to(model, tmp_path):
     assert np.array_equal(plain, no) and apart(agreeing).mean() < apart(no).mean() - 40
 
 
+def test_blurred_borders_between_lobes_are_not_other_lobes():
+    label = torch.zeros(40, 40, 40)
+    label[5:35, 5:35, 5:20], label[5:35, 5:35, 20:35] = 3, 5             # RUL beside RLL: 4, RML, between them in number
+    sharp = torch.from_numpy(sample.encode("lobe", label))
+    kernel = torch.ones(1, 1, 5, 5, 5) / 125
+    blurred = torch.nn.functional.conv3d(torch.nn.functional.pad(sharp[None, None], (2,) * 6, mode="replicate"), kernel)[0, 0]
+    elsewhere = lambda x: (np.isin(sample.decode("lobe", x), (1, 2, 4))).mean()
+    tidied = sample.tidy_lobes(blurred)
+    assert elsewhere(blurred) > 0.15 and elsewhere(tidied) == 0
+    within = (slice(7, 33), slice(7, 33), slice(None))                   # away from the edges: both lobes and their border, and lobe 5 to where it ends
+    assert torch.equal(tidied[within][..., 8:], sharp[within][..., 8:])
+    thin = torch.full((40, 40, 40), -1.0)
+    thin[20:23, 5:35, 5:35] = 0.6                                        # a lobe three voxels thick, with nothing else in reach but no lobe
+    assert torch.equal(sample.tidy_lobes(sharp), sharp) and set(sample.tidy_lobes(thin).unique().tolist()) == {-1.0}
+
+
+def test_lobes_are_tidied_unless_they_are_given_or_it_is_declined(model, airway, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "tidy_lobes", lambda x: torch.full_like(x, -0.2))
+    for out, tidied, more in (("plain", True, []), ("no", False, ["--no-tidy"]), ("low", False, ["--stop-at-low"]), ("airway", True, ["--airway", airway])):
+        run(model, tmp_path / out, *more)
+        assert (volume(tmp_path / out / "sample", "lobe") == 2).all() == tidied
+    given = tmp_path / "no/sample/lobe.nii.gz"
+    run(model, tmp_path / "given", "--lobe", given)
+    assert np.array_equal(volume(tmp_path / "given/sample", "lobe"), volume(tmp_path / "no/sample", "lobe"))
+
+
 def test_demo_weights_agree_unasked_and_no_others():
     own = lambda preset: dict(step=1, provenance=dict(config=dict(preset=preset)))
     said = lambda agree, about: sample.agrees(SimpleNamespace(agree=agree), about)

@@ -320,6 +320,15 @@ def faults(case):
     return found
 
 
+def one_size(folders, names):
+    """ValueError unless the arrays of each of these names have one shape in all cases."""
+    for name in names:
+        shapes = {np.load(case / f"{name}.npy", mmap_mode="r").shape: case for case in folders}
+        if len(shapes) > 1:
+            raise ValueError(f"{' and '.join(f'{case}/{name}.npy is {shape}' for shape, case in list(shapes.items())[:2])}; "
+                             "cases of one run are of one size; make them alike or move them to a folder of their own")
+
+
 class Cases(Dataset):
     """An endless, shuffled sequence of cases: item k is decided by (seed, k) alone, so a run resumes anywhere exactly.
 
@@ -335,6 +344,7 @@ class Cases(Dataset):
             if lacking:
                 way = f"python text_encoder.py embed {case.parent} --model runs/text" if "text" in lacking else f"python data.py check {case.parent}"
                 raise ValueError(f"{case}: no {', '.join(n + '.npy' for n in lacking)}; stage {2 if crop else 1} needs them; run {way}")
+        one_size(folders, [n for n in ("low", "text") if n in need])
         low = np.load(folders[0] / "low.npy", mmap_mode="r").shape[-1]
         self.grid = low * SCALE if crop else low                         # edge of the whole volume that the stage makes
         if crop and max(crop) > self.grid:
@@ -429,6 +439,7 @@ def check(args):
         print(f"{case.name}: " + ("; ".join(found) if found else "sound"))
     if not folders or wrong:
         raise ValueError(f"{args.folder}: {wrong} of {len(folders) + len(broken)} cases are not sound; all must be; mend or remove them")
+    one_size(folders, ("low", "text"))
     print(f"{args.folder}: {len(folders)} cases, all sound")
 
 
@@ -447,6 +458,8 @@ def main(argv=None):
     q.set_defaults(run=check)
     args = p.parse_args(argv)
     with exits():
+        if not np.isfinite(getattr(args, "center", None) or 0).all():
+            raise ValueError(f"--center {' '.join(map(str, args.center))}; three finite numbers of mm are needed; change it")
         if getattr(args, "grid", SCALE) % SCALE or getattr(args, "grid", SCALE) < SCALE:
             raise ValueError(f"--grid {args.grid}; a positive multiple of {SCALE} is needed; use 256 or 128")
         args.run(args)

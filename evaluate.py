@@ -17,6 +17,7 @@ import argparse
 import csv
 import hashlib
 import io
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -42,7 +43,7 @@ def case_folders(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; it holds one folder of NIfTI files a case; check the path")
-    found = sorted({p.parent for p in folder.glob("*/*.nii*")}) or [folder] * any(folder.glob("*.nii*"))
+    found = sorted({p.parent for p in folder.glob("[!.]*/*.nii*")}) or [folder] * any(folder.glob("*.nii*"))
     if not found:
         raise ValueError(f"{folder}: no */*.nii.gz in it; measurements need volumes; sample some with sample.py")
     return found
@@ -382,9 +383,15 @@ def prompts(args):
     for i, (command, *texts) in enumerate(lines):
         for j, text in enumerate(texts):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
-            if len(list(out.glob("*/ct.nii.gz"))) != args.n:             # none yet, or an earlier run was interrupted
+            asked = ["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else []), *args.options.split()]
+            record = out / "asked.json"
+            if out.exists() and not (record.is_file() and json.loads(record.read_text()) == asked):
+                raise ValueError(f"{out}: exists, and was not asked for by this command; samples are not replaced silently; choose another --out or remove it")
+            if len(list(out.glob("[!.]*/ct.nii.gz"))) != args.n:         # none yet, or this command was interrupted
                 shutil.rmtree(out, ignore_errors=True)
-                sample.main(["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else []), *args.options.split()])
+                out.mkdir(parents=True)
+                write_atomic(record, json.dumps(asked).encode())
+                sample.main(asked)
             values = [measure(command.strip(), case, args.segment) for case in case_folders(out)]
             print(f"{command.strip() + ', ' + UNITS[command.strip()]:20}{text.strip()[:62]:64}{len(values):4d}{np.mean(values):10.3g} ± {np.std(values):.3g}")
             rows += [dict(folder=str(out), case=text.strip(), measure=command.strip(), value=v, unit=UNITS[command.strip()]) for v in values]
@@ -477,7 +484,7 @@ def main(argv=None):
     q.add_argument("file", help="lines `measure | prompt | prompt`")
     q.add_argument("--n", type=int, default=32, help="samples a prompt (the paper: 32)")
     q.add_argument("--out", default="out/prompts"), q.add_argument("--model")
-    q.add_argument("--options", default="", help='further options of sample.py, such as "--stop-at-low --solver dpm --low-steps 20": stage 1 alone, quickly')
+    q.add_argument("--options", default="", help='further options of sample.py, such as --options="--stop-at-low --solver dpm --low-steps 20": stage 1 alone, quickly')
     q.add_argument("--segment", default="phantom", choices=("none", "phantom", "totalseg"))
     q = command("phantoms", phantoms, help="the measurers against the truth of fresh phantoms")
     q.add_argument("--n", type=int, default=100), q.add_argument("--grid", type=int, default=128), q.add_argument("--seed", type=int, default=90000)

@@ -122,8 +122,8 @@ def trained_given(about):
 
 
 def tidy_lobes(x):
-    """The lobe channel with every voxel at a lobe that is really there: at the nearest, in value, of the labels (0, no lobe, is one of them) that fill
-    a cube of 5^3 voxels not farther than 6 voxels away.   x: (G,G,G) in [-1,1]   -> (G,G,G), values of labels
+    """The lobe channel with every voxel at a lobe that is really there: at the nearest, in value, of the lobes that fill a cube of 5^3 voxels not
+    farther than 6 voxels away, and of no lobe, which may be thin.   x: (G,G,G) in [-1,1]   -> (G,G,G), values of labels
 
     Not in the paper. One channel codes five lobes as numbers, so a blurred border between lobes 3 and 5 passes through 4, and one between the right
     lung and the chest wall through all of them: rounded, it is a shell of lobes that are elsewhere.
@@ -135,7 +135,7 @@ def tidy_lobes(x):
 
     rounded, best, out = torch.from_numpy(decode("lobe", x.cpu())).to(x.device), torch.full_like(x, math.inf), torch.empty_like(x)
     for label, value in enumerate(encode("lobe", range(6)).tolist()):
-        full = highest(-highest(-(rounded == label).float()[None], 5), 13)[0]
+        full = highest(-highest(-(rounded == label).float()[None], 5), 13)[0] if label else torch.ones_like(x)
         far = (x - value).abs() + 9 * (1 - full)                         # where no label fills a cube nearby, all are 9 farther: as rounded
         out, best = torch.where(far < best, value, out), torch.minimum(far, best)
     return out
@@ -202,6 +202,9 @@ def sample(args):
     there = [str(out / name) for name, _, _ in names if (out / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"{', '.join(there)}: exists; samples are not replaced silently; pass --overwrite or another --out")
+    foreign = [folder for folder in there if not (Path(folder) / "sample.json").is_file()]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: exists and is no sample; --overwrite replaces samples only; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / ".writable").touch(), (out / ".writable").unlink()            # now, not after minutes of sampling
 
@@ -214,6 +217,7 @@ def sample(args):
         raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
     args.compile = device.startswith("cuda") if args.compile is None else args.compile
     args.agree = sr_net is not None and agrees(args, sr_about)
+    args.tidy = sr_net is not None and "step" in sr_about if args.tidy is None else args.tidy     # how the released weights number lobes is not known
     args.clean = {kind: trained_given(about) for kind, (_, about) in stages.items()}
     for net in filter(None, (low_net, sr_net)):
         place(net, device, args)
@@ -271,7 +275,7 @@ def main(argv=None):
     p.add_argument("--low-steps", type=int, default=50, help="steps of stage 1 (default 50), two network evaluations each with guidance")
     p.add_argument("--sr-steps", type=int, default=20, help="steps of stage 2 (default 20), one network evaluation each")
     p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="move the CT of stage 2 to the HU of stage 1, by at most 81; default for weights trained with a demo preset, and for no others")
-    p.add_argument("--tidy", action=argparse.BooleanOptionalAction, default=True, help="set voxels on blurred borders between stage 2's lobes to a lobe that is there")
+    p.add_argument("--tidy", action=argparse.BooleanOptionalAction, help="set voxels on blurred borders between stage 2's lobes to a lobe that is there; default for weights of these trainers, not for released ones")
     p.add_argument("--stop-at-low", action="store_true", help="write the low-resolution volume")
     p.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")
@@ -288,6 +292,8 @@ def main(argv=None):
             raise ValueError(f"--guidance {args.guidance}; a finite number, not negative, is needed; 2 is usual")
         if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
             raise ValueError(f"--guidance-interval {' '.join(map(str, args.guidance_interval))}; two times, 0 <= FROM <= TO <= 1, are needed; change them")
+        if args.center and not all(map(math.isfinite, args.center)):
+            raise ValueError(f"--center {' '.join(map(str, args.center))}; three finite numbers of mm are needed; change it")
         if args.slab < 0:
             raise ValueError(f"--slab {args.slab}; a number of slices is needed; 16 is usual")
         if not 0 <= args.seed < 2**62:

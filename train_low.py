@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CHANNELS, Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
+from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
 from diffusion import choose_given, ddim_sample, loss, times
 from unet3d import UNet3D
 
@@ -94,7 +94,7 @@ class Config(Common):
     presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(levels=4, batch=16, micro=16, steps=8000, checkpointing="norms", workers=4, save_every=500)}
 
 
-FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "given", "augment", "ema", "ema_every", "ema_start",
+FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",
         "workers", "log_every", "save_every", "show_every"}              # may change on resume
 
 
@@ -144,7 +144,7 @@ def low_loss(cfg, net, batch):
     """Eq. 9 for a batch (k, x0 (B,4,g,g,g), text (B,N,width)); the text is dropped with p = cfg.drop."""
     keys, x0, text = batch
     t, u, eps, v = draw(keys, x0.shape[1:], x0.device, cfg.seed)
-    t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # none of these drops its text: u < cfg.drop does
+    t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # u < cfg.drop drops the text: not of these, unless late > 1 - drop
     return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=choose_given(v[:, :4], cfg.given), windows=cfg.windows, bullae=cfg.bullae)
 
 
@@ -165,7 +165,7 @@ def setup(cfg):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(cfg.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if cfg.batch % (cfg.micro * world):
@@ -176,13 +176,14 @@ def setup(cfg):
 def all_folders(cfg):
     """-> folders to train on, folders held out"""
     folders = cases(cfg.data)
-    if len(folders) <= cfg.holdout:
-        raise ValueError(f"{cfg.data}: {len(folders)} cases, {cfg.holdout} to be held out; a trainer needs cases; make some with "
-                         f"`python phantom.py --out {cfg.data} --n 512` or `python data.py prepare ...`, or lower --holdout")
     chest = lambda folder: folder.name.split("_text")[0]                 # phantom.py --texts makes several cases of one chest
-    held_out = folders[len(folders) - cfg.holdout:]
+    held_out = folders[max(0, len(folders) - cfg.holdout):]
     kept = {chest(f) for f in held_out}
-    return [f for f in folders if chest(f) not in kept], held_out
+    training = [f for f in folders if chest(f) not in kept]
+    if not training:
+        raise ValueError(f"{cfg.data}: {len(folders)} cases, {cfg.holdout} to be held out, with all of their chests; a trainer needs cases; make some with "
+                         f"`python phantom.py --out {cfg.data} --n 512` or `python data.py prepare ...`, or lower --holdout")
+    return training, held_out
 
 
 def load_checkpoint(out, cfg):
@@ -235,9 +236,10 @@ def begin_from(path, kind, net):
     differing = {k: v for k, v in about.get("args", {}).items() if v != net.args[k] and k != "pooled"}
     if about.get("kind") != kind or differing:
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has others; pass the options of that network")
-    new = net.load_state_dict(state, strict=False).missing_keys          # of text pooling where there was none
-    if any(not k.startswith("pool.") for k in new):
-        raise ValueError(f"--init {path}: lacks {', '.join(new)}; a whole network is needed; name another file")
+    new, excess = net.load_state_dict(state, strict=False)               # new: of text pooling where there was none
+    if excess or any(not k.startswith("pool.") for k in new):
+        raise ValueError(f"--init {path}: lacks {', '.join(new) or 'nothing'}, has besides {', '.join(excess) or 'nothing'}; the same network is needed, "
+                         "or one without pooled text; pass its options or name another file")
 
 
 def ignore_signals(_):
@@ -394,7 +396,11 @@ def run(cfg, make_net, make_data, loss_fn, samples_fn):
 
 def low_data(cfg):
     folders, held = all_folders(cfg)
-    return Cases(folders, cfg.seed), Cases(held, cfg.seed) if held else None
+    dataset, step = Cases(folders, cfg.seed), 2 ** (cfg.levels - 1)
+    if dataset.grid % step:
+        raise ValueError(f"{cfg.data}: its low-resolution volumes are {dataset.grid}^3, and {cfg.levels} levels halve them to whole voxels only from multiples of {step}; "
+                         f"make cases on a grid that is a multiple of {SCALE * step}, or lower --levels")
+    return dataset, Cases(held, cfg.seed) if held else None
 
 
 def warm_up(cfg, pool, dataset, batch=64, edge=8):

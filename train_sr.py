@@ -63,8 +63,8 @@ def misplace(lobe, by):
     """
     shift = SCALE * F.interpolate(by, lobe.shape[2:], mode="trilinear", align_corners=True).round().long()
     d, h, w = (torch.arange(n, device=lobe.device).reshape([-1 if i == axis else 1 for i in range(3)]) for axis, n in enumerate(lobe.shape[2:]))
-    at = [(place + shift[:, axis]).clamp(0, n - 1) for axis, (place, n) in enumerate(zip((d, h, w), lobe.shape[2:]))]
-    moved = lobe[torch.arange(len(lobe), device=lobe.device).reshape(-1, 1, 1, 1), 0, *at][:, None]
+    d, h, w = [(place + shift[:, axis]).clamp(0, n - 1) for axis, (place, n) in enumerate(zip((d, h, w), lobe.shape[2:]))]
+    moved = lobe[torch.arange(len(lobe), device=lobe.device).reshape(-1, 1, 1, 1), 0, d, h, w][:, None]
     return torch.where((lobe > -0.8) & (moved > -0.8), moved, lobe)      # lobes are -0.6 to 1, nothing is -1
 
 
@@ -83,7 +83,8 @@ def sr_loss(cfg, net, batch):
 
 def sr_samples(cfg, net, dataset, device):
     """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.   -> list of (4,...), their titles"""
-    key, x0, low = Cases(dataset.folders[:1], 0, (min(128, dataset.grid),) * 3)[0]
+    step = cfg.patch * 2 ** (cfg.levels - 1)
+    key, x0, low = Cases(dataset.folders[:1], 0, (min(128, dataset.grid) // step * step,) * 3)[0]
     _, _, eps, _ = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
     return [x0, low, ddim_sample(net, eps, times(10), low=low[None].to(device))[0].cpu()], ["held out", "its low resolution", "sample"]
 

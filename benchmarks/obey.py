@@ -201,7 +201,7 @@ def detail(model, n):
         x0 = stack(case)
         low = upsample(x0[..., ::SCALE, ::SCALE, ::SCALE])
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
-        with torch.autocast(model.args.device, torch.bfloat16, enabled=model.args.amp):
+        with torch.autocast(torch.device(model.args.device).type, torch.bfloat16, enabled=model.args.amp):
             made = ddim_sample(model.sr, noise.to(model.args.device), times(model.args.sr_steps, model.order), low=low.to(model.args.device), agreeing=model.args.agree, order=model.order)
         smooth = torch.nn.functional.interpolate(x0[..., ::SCALE, ::SCALE, ::SCALE], scale_factor=SCALE, mode="trilinear")
         for who, x in zip(rows, (smooth, made.float().cpu())):
@@ -273,7 +273,7 @@ def main(argv=None):
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = choose_device(args.device)
-        args.amp, args.slab, args.compile, args.tidy = True, 0, args.device == "cuda", True
+        args.amp, args.slab, args.compile, args.tidy = True, 0, args.device.startswith("cuda"), True
         model = Model(args)
         model.order = 2 if args.solver == "dpm" else 1
         if model.sr is None and {"full", "anatomy", "segmentation", "detail"} & set(args.parts):

@@ -2,7 +2,7 @@
 
     python benchmarks/steps.py --model checkpoints/demo
 
-A sample is a function of its noise; more steps approach one limit. For each solver (ddim at evenly spaced times, dpm at their squares, as sample.py has them) and number of steps: how far the sample is from that
+A sample is a function of its noise; more steps approach one limit. For each solver (at the times of sample.py: evenly spaced, but for dpm in stage 2 at their squares) and number of steps: how far the sample is from that
 limit (DDIM in 250 steps from the same noise; root mean square over the four channels, and 1 - Dice of lobes and airway), means over reports
 of held-out phantoms. Stage 2 starts from the true low-resolution volume of one phantom, on its lower half, and is compared with 100 steps.
 """

@@ -2,6 +2,7 @@
 import gzip
 import itertools
 import json
+import shutil
 
 import nibabel
 import numpy as np
@@ -152,6 +153,18 @@ def test_check_names_what_is_wrong(tmp_path, capsys, harm, words):
     with pytest.raises(SystemExit) as e:
         data.main(["check", str(case.parent)])
     assert e.value.code == 2 and words in capsys.readouterr().out
+
+
+def test_cases_of_two_sizes_are_told_before_training(phantoms, tmp_path, capsys):
+    for case in data.cases(phantoms)[:2]:
+        shutil.copytree(case, tmp_path / case.name)
+    np.save(tmp_path / case.name / "text.npy", np.zeros((100, 16), np.float16))
+    with pytest.raises(SystemExit) as e:
+        data.main(["check", str(tmp_path)])
+    assert e.value.code == 2 and "text.npy is (192, 16) and" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="of one size"):
+        Cases(data.cases(tmp_path), 0)
+    Cases(data.cases(tmp_path), 0, crop=(16, 16, 16))                    # stage 2 reads no text
 
 
 def test_a_failed_write_leaves_no_case(tmp_path, monkeypatch):

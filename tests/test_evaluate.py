@@ -57,6 +57,32 @@ def test_laa_counts_lung_without_airways():
     assert laa950(ct, lung, airway) == pytest.approx(100 * 20 / 400)
 
 
+def test_samples_of_another_request_are_not_measured_for_this_one(tmp_path, capsys, monkeypatch):
+    case, asked = phantom.make(3, 32), []
+
+    def sampled(argv):
+        asked.append(argv)
+        for i in range(2):
+            folder = data.Path(argv[argv.index("--out") + 1]) / f"prompt_{i:02d}"
+            folder.mkdir()
+            for name in ("ct", "lobe", "airway"):
+                data.save_nifti(folder / f"{name}.nii.gz", case[name])
+    monkeypatch.setattr("sample.main", sampled)
+    (tmp_path / "prompts.txt").write_text("laa | none | Bullae.")
+    command = lambda *more: evaluate.main(["prompts", str(tmp_path / "prompts.txt"), "--n", "2", "--segment", "none", "--out", str(tmp_path / "out"), "--csv", str(tmp_path / "a.csv"),
+                                           "--figure", str(tmp_path / "a.png"), *more])
+    command(), command()
+    assert len(asked) == 2                                               # one for each prompt; the second command measures what is there
+    (tmp_path / "out/pair0_a/prompt_01/ct.nii.gz").unlink()
+    (tmp_path / "out/pair0_a/.prompt_01.part").mkdir()
+    (tmp_path / "out/pair0_a/.prompt_01.part/ct.nii.gz").touch()         # a command that was killed
+    command()
+    assert len(asked) == 3
+    with pytest.raises(SystemExit) as e:
+        command("--model", "another")
+    assert e.value.code == 2 and "not asked for by this command" in capsys.readouterr().err and len(asked) == 3
+
+
 def test_fid_is_the_closed_form_and_zero_for_the_same():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, (400, 6)), rng.normal(0.5, 2, (300, 6)) @ rng.normal(0, 1, (6, 6))

@@ -144,6 +144,8 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
     assert code == 2 and "D of 2" in err
     code, err = fails(capsys, *TINY_SR, "--data", phantoms, "--out", tmp_path / "a", "--crop", "16,16,16", run=train_sr.main)
     assert code == 2 and "kind low" in err
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--levels", 5)
+    assert code == 2 and "multiple of 64, or lower --levels" in err     # 8^3, halved four times
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(phantoms, tmp_path, capsys, monkeypatch):
@@ -214,7 +216,8 @@ def test_a_run_begins_from_the_weights_of_another(phantoms, tmp_path, capsys):
     (a, _), (b, about) = (exported(tmp_path / out, "low") for out in "ab")
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and about["provenance"]["config"]["init"]
     capsys.readouterr()
-    for args, words in [(["--init", tmp_path / "none"], "not readable"), (["--init", tmp_path / "a/low.safetensors", "--dim", 16], "'dim': 8")]:
+    for args, words in [(["--init", tmp_path / "none"], "not readable"), (["--init", tmp_path / "a/low.safetensors", "--dim", 16], "'dim': 8"),
+                        (["--init", tmp_path / "a/low.safetensors", "--no-pooled"], "has besides pool.")]:
         code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "c", *args)
         assert code == 2 and words in err and err.count("\n") == 1, err
 
@@ -300,3 +303,6 @@ def test_a_chest_is_trained_on_or_held_out(phantoms, tmp_path):
         os.symlink(cases(phantoms)[0], tmp_path / name)
     train, held_out = train_low.all_folders(train_low.Config(data=str(tmp_path), holdout=2))
     assert [f.name for f in train] == ["a", "a_text1", "a_text2"] and [f.name for f in held_out] == ["b_text1", "b_text2"]
+    for holdout in (4, 9):
+        with pytest.raises(ValueError, match="a trainer needs cases"):
+            train_low.all_folders(train_low.Config(data=str(tmp_path), holdout=holdout))

@@ -129,8 +129,11 @@ def test_blurred_borders_between_lobes_are_not_other_lobes():
     within = (slice(7, 33), slice(7, 33), slice(None))                   # away from the edges: both lobes and their border, and lobe 5 to where it ends
     assert torch.equal(tidied[within][..., 8:], sharp[within][..., 8:])
     sharp[5:35, 5:35, 20:22] = -1                                        # what is sharp stays, a thin gap between two lobes too
-    sharp[10:13, 10:13, 5:20] = -1
+    sharp[10:13, 10:13, 5:20] = -1                                       # and a tube, and a lobe three voxels thick
+    sharp[5:8, 5:35, 5:20] = 0.6
     assert torch.equal(sample.tidy_lobes(sharp), sharp)
+    noise = torch.rand(30, 30, 30) * 2 - 1                               # no lobe fills a cube anywhere
+    assert torch.equal(sample.tidy_lobes(noise), noise)
 
 
 def test_lobes_are_tidied_unless_they_are_given_or_it_is_declined(model, airway, tmp_path, monkeypatch):

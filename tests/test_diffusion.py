@@ -1,4 +1,5 @@
 """The sampler is the original's, and right: golden trajectories, and cases whose answer is known in closed form."""
+import gc
 
 import numpy as np
 import pytest
@@ -164,6 +165,20 @@ def test_a_share_of_the_samples_trains_with_channels_without_noise():
     xt = q_sample(x0, t, eps)
     assert torch.equal(seen[0][0, 0], x0[0, 0]) and torch.equal(seen[0][0, 1:], xt[0, 1:])
     assert torch.equal(seen[0][1, [1, 3]], x0[1, [1, 3]]) and torch.equal(seen[0][1, [0, 2]], xt[1, [0, 2]])
+
+
+def test_while_the_network_works_the_sampler_holds_little():
+    held = []
+
+    def net(seen, t, context=None):
+        assert seen.dtype == torch.bfloat16 and seen.is_contiguous(memory_format=torch.channels_last_3d)
+        held.append(len({x.untyped_storage().data_ptr() for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape == (1, 4, 6, 10, 14)}))
+        return seen[:, 4:].float()
+    for order in (1, 2):
+        low = torch.zeros(1, 4, 6, 10, 14)
+        with torch.autocast("cpu", torch.bfloat16):
+            ddim_sample(net, torch.randn(1, 4, 6, 10, 14), times(4), low=low, order=order)
+    assert held == [2, 3, 3, 3, 2, 4, 4, 4]                              # low, noise, then xt; with DPM-Solver++ the estimate before
 
 
 def test_steps_are_network_evaluations_twice_when_guided():

@@ -12,6 +12,7 @@ from data import SCALE, encode
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 WINDOWS = (-1024, -780), (-160, 240)     # HU; not in the paper: where air differs from lung, and fluid from muscle
 FAINT = 0.1              # of [-1,1], 81 HU: the most that `agree` moves a voxel; not in the paper. At edges the stages differ by more, and there stage 2 knows better
+AERATED = -300           # HU below which it moves none: in a lung made darker, thin walls beside airways are no walls any more
 EMPTY = -930             # HU below which a lung is no lung any more; not in the paper, whose measure is -950
 
 
@@ -95,7 +96,7 @@ def guide(x0_cond, x0_null, guidance):
 
 def agree(x0_hat, low):
     """Stage 2's estimate, its CT moved, by at most FAINT, to the low-resolution one at the voxels that this was taken from, every fourth along each
-    axis; in between the change is interpolated. What is but a few HU apart, fluid and muscle, is then as stage 1 made it.
+    axis; in between the change is interpolated; air and lung stay. What is but a few HU apart, fluid and muscle, is then as stage 1 made it.
 
     Not in the paper. Without FAINT it is DDNM's x_0 + A^+ (y - A x_0), Wang et al. 2022 (arXiv 2212.00490), where A takes every fourth voxel and A^+
     interpolates.   x0_hat, low: (B,4,D,H,W)   -> (B,4,D,H,W), CT in [-1,1]
@@ -104,7 +105,8 @@ def agree(x0_hat, low):
     change = F.pad((low - ct).clamp(-FAINT, FAINT), (0, 1) * 3, mode="replicate")        # beyond the last voxel of low: as at that
     change = F.interpolate(change, [SCALE * (n - 1) + 1 for n in change.shape[2:]], mode="trilinear", align_corners=True)
     D, H, W = x0_hat.shape[2:]
-    return torch.cat([(x0_hat[:, :1] + change[..., :D, :H, :W]).clamp(-1, 1), x0_hat[:, 1:]], dim=1)
+    change = change[..., :D, :H, :W] * (x0_hat[:, :1] > float(encode("ct", AERATED)))
+    return torch.cat([(x0_hat[:, :1] + change).clamp(-1, 1), x0_hat[:, 1:]], dim=1)
 
 
 def ddim_step(xt, x0_hat, t, s):

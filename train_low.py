@@ -43,7 +43,7 @@ def arg(default, help):
     return field(default=default, metadata={"help": help})
 
 
-DEMO = dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, windows=0.4, bullae=3.0, given=0.4, batch=4, micro=4, lr=1e-3, steps=7000,
+DEMO = dict(dim=16, levels=3, heads=4, pooled=True, late=0.5, cool=0.35, windows=0.4, bullae=3.0, batch=4, micro=4, lr=1e-3, steps=7000,
             ema=0.995, ema_start=1000, holdout=32, checkpointing="none", workers=1, save_every=100, show_every=500)
 
 

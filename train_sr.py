@@ -16,7 +16,7 @@ from diffusion import augment_low, choose_given, ddim_sample, loss, times
 from train_low import Common, all_folders, arg, draw, parse, run
 from unet3d import UNet3D
 
-DEMO = dict(dim=16, levels=3, windows=0.4, bullae=1.0, given=0.4, augment=0.1, batch=2, micro=2, lr=8e-4, cool=1.0, steps=2300, ema_start=100, ema=0.99, ema_every=1,
+DEMO = dict(dim=16, levels=3, windows=0.4, bullae=0.5, given=0.5, augment=0.1, batch=2, micro=2, lr=8e-4, cool=1.0, steps=2300, ema_start=100, ema=0.99, ema_every=1,
             crop="64,48,48", checkpointing="none", workers=1, save_every=100, show_every=500)
 
 

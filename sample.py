@@ -271,7 +271,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=2.0, help="1 none (the paper), 2 (default), 3 (released anatomy experiments)")
     p.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t in [0,1] at which it is applied; else one evaluation a step instead of two")
-    p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), in stage 2 as good in 7 steps as ddim in 20")
+    p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), in stage 2 about as good in 10 steps as ddim in 20")
     p.add_argument("--low-steps", type=int, default=50, help="steps of stage 1 (default 50), two network evaluations each with guidance")
     p.add_argument("--sr-steps", type=int, default=20, help="steps of stage 2 (default 20), one network evaluation each")
     p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="move the CT of stage 2 to the HU of stage 1, by at most 81; default for weights trained with a demo preset, and for no others")

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
 from diffusion import choose_given, ddim_sample, loss, times
-from unet3d import UNet3D
+from unet3d import UNet3D, folded
 
 
 def arg(default, help):
@@ -53,7 +53,7 @@ class Common:
     data: str = arg("data/train", "folder of cases (data.py, phantom.py), their text embedded by text_encoder.py")
     out: str = arg("runs/low", "run folder: last.pt, low.safetensors, loss.csv, pictures")
     init: str = arg("", "low.safetensors or sr.safetensors of another run to begin from, instead of random weights")
-    preset: str = arg("", "paper; demo: 32^3 -> 128^3, one and a half hours on two cores; demo-256: 64^3 -> 256^3, for one GPU; stage 2 also light; default paper on a GPU, demo without")
+    preset: str = arg("", "paper; demo: 32^3 -> 128^3, one and a half hours on two cores; demo-256: 64^3 -> 256^3 on cubes of 2^3 voxels, to begin from the demo weights with --init; stage 2 also light; default paper on a GPU, demo without")
     device: str = arg("", "cuda or cpu; default whichever is there")
     seed: int = arg(0, "decides the first weights, the order of cases and all noise")
     steps: int = arg(40_000, "optimizer updates")
@@ -75,6 +75,7 @@ class Common:
     zero: bool = arg(False, "each process holds its share of the optimizer's state alone (ZeroRedundancyOptimizer)")
     dim: int = arg(160, "width of the first level (sec. 4.5)")
     levels: int = arg(4, "levels of the UNet, each twice as wide")
+    patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
     heads: int = arg(8, "attention heads of 32 channels; released code")
     holdout: int = arg(8, "cases, the last by name, kept from training for the validation loss and the picture")
     workers: int = arg(4, "loader processes per process")
@@ -91,7 +92,7 @@ class Config(Common):
     warm_up: int = arg(1200, "with --pooled: steps in which the pooling learns to read, before the network hears it")
     kind: ClassVar = "low"
     validated: ClassVar = dict(windows=0.0, given=0.0)
-    presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(levels=4, batch=16, micro=16, steps=8000, checkpointing="norms", workers=4, save_every=500)}
+    presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(patch=2, lr=8e-4, cool=1.0, steps=1650, ema_start=150, warm_up=0)}
 
 
 FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",
@@ -117,7 +118,7 @@ def parse(config, doc, argv=None):
         value = getattr(cfg, f.name)
         if f.type in (int, float) and not (value >= 0 and value < float("inf")):
             raise ValueError(f"--{f.name} {value}; a finite number, not negative, is needed; change it")
-        if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads") and value < 1:
+        if f.name in ("steps", "batch", "micro", "log_every", "save_every", "show_every", "ema_every", "dim", "levels", "heads", "patch") and value < 1:
             raise ValueError(f"--{f.name} {value}; at least 1 is needed; change it")
         if f.name in ("drop", "ema", "late", "cool", "augment", "given") and value > 1 or f.name == "clip" and value == 0 or f.name == "seed" and value >= 2**23:
             raise ValueError(f"--{f.name} {value}; drop, ema, late, cool, augment and given are at most 1, clip is more than 0, a seed below 2^23; change it")
@@ -233,9 +234,11 @@ def begin_from(path, kind, net):
             about, state = json.loads((f.metadata() or {}).get("medsyn", "{}")), {k: f.get_tensor(k).float() for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"--init {path}: not readable safetensors ({e}); weights that a trainer wrote are needed; check the path") from None
-    differing = {k: v for k, v in about.get("args", {}).items() if v != net.args[k] and k != "pooled"}
+    differing = {k: v for k, v in about.get("args", {}).items() if v != net.args[k] and k != "pooled" and not (k == "patch" and v == 1)}
     if about.get("kind") != kind or differing:
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has others; pass the options of that network")
+    if net.patch > about["args"]["patch"]:
+        state = folded(state, net)
     new, excess = net.load_state_dict(state, strict=False)               # new: of text pooling where there was none
     if excess or any(not k.startswith("pool.") for k in new):
         raise ValueError(f"--init {path}: lacks {', '.join(new) or 'nothing'}, has besides {', '.join(excess) or 'nothing'}; the same network is needed, "
@@ -396,11 +399,18 @@ def run(cfg, make_net, make_data, loss_fn, samples_fn):
 
 def low_data(cfg):
     folders, held = all_folders(cfg)
-    dataset, step = Cases(folders, cfg.seed), 2 ** (cfg.levels - 1)
+    dataset, step = Cases(folders, cfg.seed), cfg.patch * 2 ** (cfg.levels - 1)
     if dataset.grid % step:
         raise ValueError(f"{cfg.data}: its low-resolution volumes are {dataset.grid}^3, and {cfg.levels} levels halve them to whole voxels only from multiples of {step}; "
                          f"make cases on a grid that is a multiple of {SCALE * step}, or lower --levels")
+    enough(dataset.grid, cfg.patch)
     return dataset, Cases(held, cfg.seed) if held else None
+
+
+def enough(edge, patch):
+    """ValueError if the first convolution spans more than a volume of this edge; bfloat16 gradients of torch 2.13 then write beyond their memory (4 voxels)."""
+    if edge // patch < 7:
+        raise ValueError(f"volumes with an edge of {edge // patch} voxels{f' (of cubes of {patch}^3)' if patch > 1 else ''}; the first convolution spans 7; use larger cases, crops, or a lower --patch")
 
 
 def warm_up(cfg, pool, dataset, batch=64, edge=8):
@@ -429,7 +439,7 @@ def warm_up(cfg, pool, dataset, batch=64, edge=8):
 
 def low_net(cfg, dataset):
     tokens, width = dataset[0][2].shape
-    net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, checkpointing=cfg.checkpointing)
+    net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, patch=cfg.patch, checkpointing=cfg.checkpointing)
     if cfg.pooled and cfg.warm_up and not (Path(cfg.out) / "last.pt").exists():
         warm_up(cfg, net.pool, dataset)
     return net

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from data import SCALE, Cases, exits
 from diffusion import augment_low, choose_given, ddim_sample, loss, times
-from train_low import Common, all_folders, arg, draw, parse, run
+from train_low import Common, all_folders, arg, draw, enough, parse, run
 from unet3d import UNet3D
 
 DEMO = dict(dim=16, levels=3, windows=0.4, bullae=0.5, given=0.5, augment=0.1, batch=2, micro=2, lr=8e-4, cool=1.0, steps=2300, ema_start=100, ema=0.99, ema_every=1,
@@ -30,12 +30,10 @@ class Config(Common):
     heads: int = arg(4, "attention heads of 32 channels; released code")
     crop: str = arg("256,72,72", "D,H,W of the training crops; released code; up to 256,256,256")
     bottom: str = arg("plane", "self-attention at the bottom: plane (released weights) or depth (the paper's words)")
-    patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a fifth of the arithmetic; not in the paper")
     augment: float = arg(0.4, "most noise on the low-resolution input, drawn anew from 0 to this for each sample; not in the paper, released code")
     kind: ClassVar = "sr"
     validated: ClassVar = dict(windows=0.0, given=0.0, augment=0.4)
-    presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO,
-                         "demo-256": DEMO | dict(dim=24, batch=8, micro=8, steps=3000, crop="128,64,64", checkpointing="norms", workers=4, save_every=500)}
+    presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO, "demo-256": DEMO | dict(patch=2, steps=1500, ema_start=50, crop="96,80,80")}
 
 
 def sr_data(cfg):
@@ -45,8 +43,9 @@ def sr_data(cfg):
     except ValueError:
         crop = ()
     step = cfg.patch * 2 ** (cfg.levels - 1)
-    if cfg.patch < 1 or len(crop) != 3 or min(crop) < 1 or crop[0] % cfg.patch or crop[1] % step or crop[2] % step:
+    if len(crop) != 3 or min(crop) < 1 or crop[0] % cfg.patch or crop[1] % step or crop[2] % step:
         raise ValueError(f"--crop {cfg.crop}; D,H,W with H and W multiples of {step} and D of {cfg.patch} are needed; write --crop 256,80,80")
+    enough(min(crop), cfg.patch)
     folders, held = all_folders(cfg)
     return Cases(folders, cfg.seed, crop), Cases(held, cfg.seed, crop) if held else None
 

@@ -286,7 +286,8 @@ class UNet3D(nn.Module):
     context_dim, tokens: of the text (B,tokens,context_dim); context_dim 0 is a network without text.
     bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper's words for H).
     pooled: the text, pooled, is also added to the time embedding, so that every Block knows it. Not in the paper.
-    patch: 2 folds cubes of 2^3 voxels into channels first and unfolds them last: a fifth of the arithmetic. Not in the paper.
+    patch: 2 folds cubes of 2^3 voxels into channels first and unfolds them last: a seventh of the arithmetic. All but the head then sees of a cube
+        as many numbers as of a voxel otherwise; the head sees all, and is at least as wide as what it has to say. Not in the paper.
     checkpointing: "none"; "norms" recomputes norms and activations in the backward pass; "blocks" recomputes whole Blocks.
     net.slab = n: inference holds few whole tensors of the full resolution and makes the rest n slices at a time, to the same result.
     """
@@ -303,7 +304,8 @@ class UNet3D(nn.Module):
         self.dim, self.plane, self.patch, self.checkpointing, self.slab, self.compiled = dim, bottom == "plane", patch, checkpointing, 0, False
         w, T = [dim] + [dim * 2**i for i in range(levels)], 4 * dim
         self.null_text = nn.Parameter(torch.randn(1, tokens, context_dim)) if context_dim else None
-        self.stem = nn.Conv3d(in_channels * patch**3, dim, 7, padding=3)
+        self.squeeze = Pointwise(in_channels * patch**3, in_channels) if patch > 1 else None
+        self.stem = nn.Conv3d(in_channels, dim, 7, padding=3)
         self.time = nn.Sequential(nn.Linear(dim, T), nn.GELU(), nn.Linear(T, T))
         if pooled:
             self.pool = TextPool(context_dim, T)
@@ -313,8 +315,10 @@ class UNet3D(nn.Module):
         self.rounds = nn.ModuleList(Round(w[-1], heads, context_dim, T) for _ in range(rounds))
         self.last = Block(w[-1], w[-1], T)
         self.ups = nn.ModuleList(Up(2 * w[i + 1], w[i], T, i == 0) for i in reversed(range(levels)))
-        self.head = Block(2 * dim, dim, 0)
-        self.out = Pointwise(dim, out_channels * patch**3)
+        folded, said = (in_channels * patch**3, out_channels * patch**3) if patch > 1 else (0, 0)
+        wide = dim * max(1, math.ceil(said / dim))
+        self.head = Block(2 * dim + folded, wide, 0)
+        self.out = Pointwise(wide, out_channels * patch**3)
         for p in self.parameters():                                      # by rank: Module.to cannot do both
             if p.dim() in (4, 5):
                 p.data = p.data.contiguous(memory_format=(torch.channels_last, torch.channels_last_3d)[p.dim() - 4])
@@ -360,7 +364,8 @@ class UNet3D(nn.Module):
         if torch.is_autocast_enabled(xt.device.type):
             xt = xt.to(torch.get_autocast_dtype(xt.device.type))         # as the stem would, but before the copy
         xt = (to_depth(xt, self.patch) if self.patch > 1 else xt).contiguous(memory_format=torch.channels_last_3d)
-        x = r = self.stem_of(xt)
+        seen = self.squeeze(xt) if self.patch > 1 else xt
+        x = r = self.stem_of(seen)
         if self.slab:
             r = None                                                     # made again at the end rather than held
         skips = []
@@ -380,13 +385,34 @@ class UNet3D(nn.Module):
             x = self.block(up.slice1, temb, x)
             x = self.block(up.slice2, temb, x)
             x = up.resize(self.block(up.volume, temb, x))
-        x, r = self.join(x, self.stem_of(xt) if r is None else r), None
+        x, r = self.join(x, self.stem_of(seen) if r is None else r, *[xt] * (self.patch > 1)), None
         x = self.block(self.head, temb, x)
         x = self.out(x)
         return (to_space(x, self.patch) if self.patch > 1 else x).float()
 
     def stem_of(self, xt):
         return conv_in_slabs(self.stem, [xt], self.slab)[0] if self.slab else self.stem(xt)
+
+
+def folded(state, net):
+    """The weights of a network with patch 1, rewritten for `net`, the same with patch > 1, which then does to the means of its cubes what that did to
+    voxels: a network trained on a small grid begins where it stood on one twice as large. Not in the paper.   state: name -> tensor   -> the same
+    """
+    cube, copies, channels = net.patch**3, len(net.head.norm1.weight) // net.dim, net.stem.in_channels
+    new = dict(state)
+    new["squeeze.weight"] = torch.eye(channels).repeat_interleave(cube, 1) / cube
+    new["squeeze.bias"] = torch.zeros(channels)
+    for name in ("head.conv1", "head.skip", "head.conv2", "head.norm1", "head.norm2"):
+        for part in ("weight", "bias"):
+            new[f"{name}.{part}"] = state[f"{name}.{part}"].repeat_interleave(copies, 0)
+    for name in ("head.conv1", "head.skip"):                             # the folded input is not heard yet
+        w = new[f"{name}.weight"]
+        new[f"{name}.weight"] = torch.cat([w, w.new_zeros(len(w), channels * cube, *w.shape[2:])], 1)
+    new["out.weight"], new["out.bias"] = (state[f"out.{part}"].repeat_interleave(cube, 0) for part in ("weight", "bias"))
+    for name in ("head.conv2.weight", "out.weight"):                     # they read the copies: random weights of sum 0 keep these from learning the same for ever
+        apart = net.get_parameter(name).detach().unflatten(1, (-1, copies))
+        new[name] = new[name].repeat_interleave(copies, 1) / copies + (apart - apart.mean(2, keepdim=True)).flatten(1, 2)
+    return new
 
 
 # --- the released weights: their names, in order of substitution, and ours ---

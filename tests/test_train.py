@@ -1,12 +1,14 @@
 """Training: it learns, resumes to the bit, and does not depend on the number of processes."""
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,24 @@ def test_a_light_stage_2_trains_and_loads(phantoms, tmp_path):
     train_sr.main([*TINY_SR, "--data", str(phantoms), "--out", str(tmp_path), "--steps", "2", "--crop", "16,16,16", "--patch", "2"])
     net, _ = exported(tmp_path, "sr")
     assert net.args["patch"] == 2 and net(torch.randn(1, 8, 8, 8, 8), torch.tensor([0.5])).shape == (1, 4, 8, 8, 8)
+
+
+def test_a_run_on_cubes_begins_from_weights_on_voxels(phantoms, tmp_path, capsys):
+    low(phantoms, tmp_path / "a", "--steps", 1)
+    small, _ = exported(tmp_path / "a", "low")
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "b", "--patch", 2)
+    assert code == 2 and "4 voxels" in err
+    finer = tmp_path / "finer"                                           # low-resolution volumes of 16^3
+    for case in cases(phantoms):
+        shutil.copytree(case, finer / case.name)
+        np.save(finer / case.name / "low.npy", np.load(case / "low.npy").repeat(2, 1).repeat(2, 2).repeat(2, 3))
+    low(finer, tmp_path / "b", "--steps", 1, "--patch", 2, "--init", tmp_path / "a/low.safetensors", "--lr", 0)
+    large, _ = exported(tmp_path / "b", "low")
+    x, t = torch.randn(1, 4, 8, 8, 8), torch.tensor([0.5])
+    with torch.no_grad():
+        assert (large(x, t) - F.interpolate(small(F.avg_pool3d(x, 2), t), scale_factor=2)).abs().max() < 1e-2      # both were stored in float16
+    code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "c", "--init", tmp_path / "b/low.safetensors")
+    assert code == 2 and "'patch': 2" in err
 
 
 def exported(out, kind):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import golden
 import unet3d
@@ -154,3 +155,18 @@ def test_space_to_depth_is_undone_and_keeps_neighbours_together():
     assert set(y[0, :8, 0, 1, 2].tolist()) == set(x[0, 0, 0:2, 2:4, 4:6].flatten().tolist())
     net = UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2, patch=2)
     assert net(torch.randn(1, 8, 6, 8, 12), torch.tensor([0.5])).shape == (1, 4, 6, 8, 12)
+
+
+@pytest.mark.parametrize("dim", [8, 24, 40])                             # a head wider four times, twice, not at all
+def test_folded_weights_do_to_means_of_cubes_what_they_did_to_voxels(dim):
+    torch.manual_seed(0)
+    options = dict(heads=1, rounds=1, context_dim=8, tokens=4, levels=2)
+    small, large = UNet3D(dim, **options), UNet3D(dim, **options, patch=2)
+    large.load_state_dict(unet3d.folded(small.state_dict(), large))
+    x, t, text = torch.randn(2, 4, 8, 16, 8), torch.tensor([0.2, 0.9]), torch.randn(2, 4, 8)
+    expected = F.interpolate(small(F.avg_pool3d(x, 2), t, text), scale_factor=2)
+    assert error(large(x, t, text), expected) < 1e-4
+    large(x, t, text).sub(x).square().mean().backward()                  # copies of a channel are told apart, and the folded input is heard
+    head = large.head.conv1.weight.grad
+    copies = head.unflatten(0, (dim, -1))
+    assert head[:, 2 * dim:].abs().amax() > 0 and (copies.shape[1] == 1 or error(copies[:, 0], copies[:, 1]) > 1e-3)

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, keep_memory, picture, read_report, save_nifti, to_model, upsample)
@@ -128,16 +127,20 @@ def tidy_lobes(x):
     Not in the paper. One channel codes five lobes as numbers, so a blurred border between lobes 3 and 5 passes through 4, and one between the right
     lung and the chest wall through all of them: rounded, it is a shell of lobes that are elsewhere.
     """
-    def highest(a, n):                                                   # over n^3 voxels; axis by axis, which is quicker
-        for size in ((n, 1, 1), (1, n, 1), (1, 1, n)):
-            a = F.max_pool3d(a, size, 1, [n // 2 for n in size])
+    def spread(a, n):                                                    # what is true, n voxels further along each axis
+        for axis, edge in enumerate(a.shape):
+            wide = a.clone()
+            for k in range(1, min(n, edge - 1) + 1):
+                wide.narrow(axis, k, edge - k).logical_or_(a.narrow(axis, 0, edge - k))
+                wide.narrow(axis, 0, edge - k).logical_or_(a.narrow(axis, k, edge - k))
+            a = wide
         return a
 
     out, lobes = torch.full_like(x, -1), 0                               # -1: no lobe
     for value in encode("lobe", range(1, 6)).tolist():
-        filled = -highest(-((x - value).abs() < 0.1).float()[None], 3)
-        there = highest(filled, 11)[0] > 0
-        out, lobes = torch.where(there & ((x - value).abs() < (x - out).abs()), value, out), lobes + there.sum()
+        away = (x - value).abs()
+        there = spread(~spread(away >= 0.1, 1), 5)                       # near the middles of filled cubes
+        out, lobes = torch.where(there & (away < (x - out).abs()), value, out), lobes + there.sum()
     return out if lobes else x
 
 
@@ -264,7 +267,7 @@ def main(argv=None):
     for c in MASKS:
         p.add_argument(f"--{c}", metavar="NIFTI", help=f"{c} mask to keep, any size and orientation")
     p.add_argument("--ct", metavar="NIFTI", help="a CT to segment: its masks come out")
-    p.add_argument("--model", default=os.path.relpath(Path(__file__).parent / "checkpoints/demo"), help="folder of weights (default checkpoints/demo)")
+    p.add_argument("--model", default=os.path.relpath(Path(__file__).parent / "checkpoints/demo-256"), help="folder of weights (default checkpoints/demo-256; checkpoints/demo makes 128^3, several times faster)")
     p.add_argument("--text", help="text encoder: folder or hub name (default MODEL/text, else CXR-BERT)")
     p.add_argument("--out", default="out", help="samples appear in OUT/<name>/ (default out)")
     p.add_argument("--samples", type=int, default=1, help="how many of each report; seeds count up")

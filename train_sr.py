@@ -33,7 +33,7 @@ class Config(Common):
     augment: float = arg(0.4, "most noise on the low-resolution input, drawn anew from 0 to this for each sample; not in the paper, released code")
     kind: ClassVar = "sr"
     validated: ClassVar = dict(windows=0.0, given=0.0, augment=0.4)
-    presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO, "demo-256": DEMO | dict(patch=2, steps=1500, ema_start=50, crop="96,80,80")}
+    presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO, "demo-256": DEMO | dict(patch=2, steps=1300, ema_start=50, crop="96,80,80")}
 
 
 def sr_data(cfg):

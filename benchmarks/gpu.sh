@@ -29,7 +29,7 @@ cp runs/sr/loss.csv "$OUT/loss_sr.csv"
 # 4. The same at the paper's sizes, 64^3 -> 256^3; 26 GB of phantoms.
 python phantom.py --grid 256 --n 300 --texts 4 --seed 1000 --out data/train256 >> "$OUT/data.log" 2>&1
 python text_encoder.py embed data/train256 --model runs/text --tokens 128 >> "$OUT/text.log" 2>&1
-timeout 600 python train_low.py --preset demo-256 --data data/train256 --out runs/low256 --cool 0 > "$OUT/low256.log" 2>&1
-timeout 600 python train_sr.py --preset demo-256 --data data/train256 --out runs/sr256 --cool 0 --lr 3e-4 > "$OUT/sr256.log" 2>&1
+timeout 600 python train_low.py --preset demo-256 --init runs/low/low.safetensors --batch 16 --micro 16 --steps 20000 --cool 0 --workers 4 --data data/train256 --out runs/low256 > "$OUT/low256.log" 2>&1
+timeout 600 python train_sr.py --preset demo-256 --init runs/sr/sr.safetensors --batch 8 --micro 8 --steps 10000 --cool 0 --lr 3e-4 --workers 4 --data data/train256 --out runs/sr256 > "$OUT/sr256.log" 2>&1
 mkdir -p "$OUT/256"
 for f in runs/low256/low.safetensors runs/sr256/sr.safetensors; do cp "$f" "$OUT/256/" || echo "missing: $f" >> "$OUT/device.txt"; done

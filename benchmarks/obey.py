@@ -129,15 +129,17 @@ ASKED = {"effusion": lambda r: r["effusion_size"] or "none", "laa": lambda r: "b
 
 
 def text(model, n, who=("phantoms", "training sentences", "held-out sentences"), full=False):
-    """n requests of each kind, measured on stage 1's volume, or on stage 2's.   -> {who: {name: number}}, single values for evaluate.dots"""
-    table, values = {}, []
+    """n requests of each kind, measured on stage 1's volume, or on stage 2's, of which 128^3 voxels are enough.
+    -> {who: {name: number}}, single values for evaluate.dots"""
+    table, values, edge = {}, [], min(128, SCALE * model.grid)
     asked = conditions(n)
     for name in who:
         rows = []
         for i, request in enumerate(tqdm(asked, desc=name, leave=False)):
-            case = phantom.make(model.args.seed + i, SCALE * model.grid, "train" if "training" in name else "held-out", **request)
-            x = model.sample(model.args.seed + i, case["report"], full=full) if name != "phantoms" else case if full else every_fourth(case)
-            rows.append((request, measure_phantom(x["ct"], x["lobe"])))
+            case = phantom.make(model.args.seed + i, edge, "train" if "training" in name else "held-out", **request)
+            x = model.sample(model.args.seed + i, case["report"], full=full) if name != "phantoms" else case
+            ct, lobe = (x[c][(slice(None, None, len(x[c]) // (edge if full else model.grid)),) * 3] for c in ("ct", "lobe"))
+            rows.append((request, measure_phantom(ct, lobe)))
         table[name] = compare(rows)
         values += [dict(folder=f"{ask(r)}, {name}", measure=m, value=got[m], unit=UNITS[m]) for m, ask in ASKED.items() for r, got in rows]
         print_columns("full" if full else "text", table)

@@ -1,5 +1,6 @@
 """Sampling as a user types it: files in, files out, in the right place; wrong input is one line."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel
@@ -237,3 +238,15 @@ def test_a_sample_that_is_not_finite_is_not_written(model, tmp_path, capsys, mon
     with pytest.raises(SystemExit) as e:
         run(model, tmp_path / "out")
     assert e.value.code == 1 and "not finite" in capsys.readouterr().err and list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("folder, low, full", [("demo", 32, 128), ("demo-256", 64, 256)])
+def test_the_shipped_weights_are_whole_and_know_their_text(folder, low, full):
+    folder = Path(sample.__file__).parent / "checkpoints" / folder
+    stages = sample.load_stages(folder)
+    assert {kind: about["grid"] for kind, (_, about) in stages.items()} == {"low": low, "sr": full}
+    net = stages["low"][0]
+    states = text_encoder.load(folder / "text", tokens=net.args["tokens"]).encode(["Findings: A small nodule.\nImpression: Nodule."])[0]
+    with torch.no_grad():
+        assert torch.isfinite(net(torch.randn(1, 4, 16, 16, 16), torch.tensor([0.5]), states)).all()
+    assert all(path.stat().st_size < 16 << 20 for path in folder.rglob("*")) and sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 12 << 20

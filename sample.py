@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, keep_memory, picture, read_report, save_nifti, to_model, upsample)
+from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, picture, read_report, save_nifti, to_model, upsample)
 from diffusion import ddim_sample, times
 from unet3d import UNet3D, from_released
 
@@ -218,6 +218,7 @@ def sample(args):
     sr_net, sr_about = (None, None) if args.stop_at_low else stages.get("sr", (None, None))
     if sr_net is None and not args.stop_at_low:
         raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
+    args.amp = fast_bfloat16(device) if args.amp is None else args.amp
     args.compile = device.startswith("cuda") if args.compile is None else args.compile
     args.agree = sr_net is not None and agrees(args, sr_about)
     args.tidy = sr_net is not None and "step" in sr_about if args.tidy is None else args.tidy     # how the released weights number lobes is not known
@@ -282,7 +283,7 @@ def main(argv=None):
     p.add_argument("--stop-at-low", action="store_true", help="write the low-resolution volume")
     p.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm")
     p.add_argument("--device", help="cuda or cpu; default whichever is there")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; default where the device multiplies in bfloat16: GPUs since Ampere, CPUs with AMX or AVX512-BF16")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the networks' Blocks; default on a GPU")
     p.add_argument("--slab", type=int, nargs="?", const=16, default=0, metavar="SLICES", help="work through volumes this many slices at a time (16): less memory, same result")
     p.add_argument("--overwrite", action="store_true", help="replace samples of the same name")

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, keep_memory, picture, write_atomic
+from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, fast_bfloat16, keep_memory, picture, write_atomic
 from diffusion import choose_given, ddim_sample, loss, times
 from unet3d import UNet3D, folded
 
@@ -69,7 +69,7 @@ class Common:
     ema: float = arg(0.999, "decay of the running average; released code")
     ema_every: int = arg(1, "steps between its updates; released code")
     ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
-    amp: bool = arg(True, "bfloat16 autocast")
+    amp: bool = arg(None, "bfloat16 autocast; default where the device multiplies in bfloat16: GPUs since Ampere, CPUs with AMX or AVX512-BF16")
     checkpointing: str = arg("norms", "recompute in the backward pass: none, norms (little time, a third of the memory), blocks (a third more time, an eighth)")
     compile: bool = arg(None, "compile the Blocks: a minute at the start, then faster; default on a GPU")
     zero: bool = arg(False, "each process holds its share of the optimizer's state alone (ZeroRedundancyOptimizer)")
@@ -95,7 +95,7 @@ class Config(Common):
     presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(patch=2, lr=8e-4, cool=1.0, steps=1300, ema_start=150, warm_up=0)}
 
 
-FREE = {"data", "out", "init", "device", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",
+FREE = {"data", "out", "init", "device", "amp", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",
         "workers", "log_every", "save_every", "show_every"}              # may change on resume
 
 
@@ -112,6 +112,8 @@ def parse(config, doc, argv=None):
         raise ValueError(f"--preset {preset}; presets are {', '.join(config.presets)}; choose one")
     p.set_defaults(**config.presets[preset])
     cfg = config(**{**vars(p.parse_args(argv)), "device": device, "preset": preset})
+    if cfg.amp is None:
+        cfg.amp = fast_bfloat16(device)
     if cfg.compile is None:
         cfg.compile = device.startswith("cuda")
     for f in fields(cfg):

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import SCALE, Cases, exits, keep_memory, upsample
+from data import SCALE, Cases, exits, fast_bfloat16, keep_memory, upsample
 from diffusion import ddim_sample, times
 from reference import Reference
 from unet3d import UNet3D
@@ -40,7 +40,7 @@ CASES = {                                                                 # name
     "H_crop_step": ("H", (256, 72, 72), "step", True), "H_64x128x128_forward": ("H", (64, 128, 128), "forward", False),
     "H_128_forward": ("H", (128, 128, 128), "forward", True), "H_256_forward": ("H", (256, 256, 256), "forward", False),
     "H_256_forward_slab": ("H", (256, 256, 256), "slab", False), "H_256_step": ("H", (256, 256, 256), "step", False)}
-FORMS = ["ours", "ours float32", "ours compiled", "ours light", "reference", "reference kept", "reference autocast", "MONAI"]
+FORMS = ["ours", "ours float32", "ours compiled", "ours blocks", "ours light", "reference", "reference kept", "reference autocast", "MONAI"]
 UNFIT = {"H_256_step": ["reference", "reference kept", "reference autocast", "ours float32"],          # 269 GiB; 99 GB
          "H_crop_step": ["ours light", "reference kept"]}                 # light's sizes are multiples of 16; with both references 24 GB do not suffice
 
@@ -56,13 +56,13 @@ def network(stage, form, width, device, heavy=False):
                                  num_res_blocks=2, num_head_channels=32, norm_num_groups=8, with_conditioning=stage == "G",
                                  cross_attention_dim=768 if stage == "G" else None)
         return net.to(device), False
-    net = UNet3D(width, **text, patch=2 if form == "ours light" else 1, checkpointing="blocks" if heavy else "norms" if form.startswith("ours") else "none")
+    net = UNet3D(width, **text, patch=2 if form == "ours light" else 1, checkpointing="blocks" if heavy or form == "ours blocks" else "norms" if form.startswith("ours") else "none")
     if form.startswith("reference"):
         return Reference(net).to(device), "autocast" in form
     net.to(device)
     if form == "ours compiled" or device == "cuda" and form in ("ours", "ours light"):
         net.compile_blocks()
-    return net, form != "ours float32"
+    return net, form != "ours float32" and fast_bfloat16(device)
 
 
 def job(case, form, width, device):
@@ -205,7 +205,7 @@ def sampling(device, repeats, low_steps, sr_steps, order):
     def run(form):
         g, h = forms[form]
         n, m, o = (low_steps, sr_steps, order) if form == "ours" else (50, 20, 1)
-        with torch.autocast(device, torch.bfloat16, enabled=form == "ours"):
+        with torch.autocast(device, torch.bfloat16, enabled=form == "ours" and fast_bfloat16(device)):
             x = ddim_sample(g, torch.randn(1, 4, grid, grid, grid, device=device), times(n), context, 2.0, order=o)
             ddim_sample(h, torch.randn(1, 4, *[SCALE * grid] * 3, device=device), times(m, o), low=upsample(x), order=o)
     if device == "cuda":
@@ -275,7 +275,8 @@ def bench(args):
     for case, (stage, _, mode, quick) in CASES.items():
         if args.only and case not in args.only or args.quick and not quick or case == "H_256_step" and device == "cpu":
             continue
-        fit = [f for f in forms if f not in UNFIT.get(case, []) and not (f in ("ours light", "MONAI") and (stage == "G") != (f == "MONAI"))]
+        fit = [f for f in forms if f not in UNFIT.get(case, []) and not (f in ("ours light", "MONAI") and (stage == "G") != (f == "MONAI"))
+               and not (f == "ours blocks" and mode != "step")]
         found = measure(case, fit, widths[stage], device, args.repeats)
         seconds, peak = found.get("ours", (None, None))
         ref_seconds, ref_peak = found.get("reference", (None, None))

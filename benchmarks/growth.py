@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import unet3d
-from data import exits, keep_memory, pyplot, write_atomic
+from data import exits, fast_bfloat16, keep_memory, pyplot, write_atomic
 from unet3d import UNet3D
 
 G_BYTES = 4 * 716_215_684                        # float32 gradients of the paper's G
@@ -85,7 +85,7 @@ def step_of(net, batch, edge):
     x, t, context, drop = torch.randn(batch, 4, edge, edge, edge), torch.rand(batch), torch.randn(batch, 192, 768), torch.arange(batch) > 0
 
     def run():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16("cpu")):
             value = net(x, t, context, drop).square().mean()              # some null text: DDP wants a gradient for every weight
         value.backward()
         for p in net.parameters():
@@ -98,7 +98,7 @@ def forward_of(net, batch, edge):
     x, t = torch.randn(batch, 4, edge, edge, edge), torch.rand(batch)
 
     def run():
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16("cpu")):
             net(x, t)
     return run
 

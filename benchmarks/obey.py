@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import phantom
 import text_encoder
-from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, keep_memory, upsample, write_atomic
+from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, upsample, write_atomic
 from diffusion import ddim_sample, times
 from evaluate import UNITS, dice, dots, measure_phantom
 from sample import agrees, generate, load_stages, place, trained_given
@@ -275,7 +275,7 @@ def main(argv=None):
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = choose_device(args.device)
-        args.amp, args.slab, args.compile, args.tidy = True, 0, args.device.startswith("cuda"), True
+        args.amp, args.slab, args.compile, args.tidy = fast_bfloat16(args.device), 0, args.device.startswith("cuda"), True
         model = Model(args)
         model.order = 2 if args.solver == "dpm" else 1
         if model.sr is None and {"full", "anatomy", "segmentation", "detail"} & set(args.parts):

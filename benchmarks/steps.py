@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import phantom
 import text_encoder
-from data import CHANNELS, SCALE, decode, encode, exits, keep_memory, pyplot, upsample, write_atomic
+from data import CHANNELS, SCALE, decode, encode, exits, fast_bfloat16, keep_memory, pyplot, upsample, write_atomic
 from diffusion import ddim_sample, times
 from evaluate import dice
 from sample import load_stages
@@ -65,13 +65,13 @@ def main(argv=None):
             return torch.randn(1, len(CHANNELS), *shape, generator=torch.Generator().manual_seed(seed))
 
         def stage_1(seed, steps, order):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16("cpu")):
                 return ddim_sample(low.eval(), noise(seed, grid, grid, grid), times(steps), texts[seed], args.guidance, order=order)
 
         def stage_2(seed, steps, order):
             half = np.stack([encode(c, cases[seed][c][:SCALE * grid // 2]) for c in CHANNELS])
             seen = upsample(torch.from_numpy(half[:, ::SCALE, ::SCALE, ::SCALE].copy())[None])
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16("cpu")):
                 return ddim_sample(sr.eval(), noise(seed, *seen.shape[2:]), times(steps, order), low=seen, order=order)
         result = {"stage 1": curve(stage_1, (5, 8, 10, 15, 20, 30, 50), 250, cases), "stage 2": curve(stage_2, (3, 5, 7, 10, 20), 100, list(cases)[:1])}
         for stage, solvers in result.items():

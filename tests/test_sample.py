@@ -11,9 +11,10 @@ import torch
 import golden
 import sample
 import text_encoder
+import train_sr
 from data import CHANNELS, save_nifti
 from safetensors.torch import save_file
-from train_low import Config, export
+from train_low import Config, export, parse
 from unet3d import UNet3D
 
 QUICK = ["--low-steps", "2", "--sr-steps", "2", "--device", "cpu"]
@@ -78,6 +79,16 @@ def test_a_prompt_and_a_mask_make_four_volumes_that_overlay_on_the_mask(model, a
 
 def volume(folder, c="ct"):
     return np.asarray(nibabel.load(folder / f"{c}.nii.gz").dataobj)
+
+
+
+@pytest.mark.parametrize("processor, expected", [({"avx2": True, "avx512_f": False}, False), ({"avx512_f": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True),
+                                                 ({"amx_bf16": True}, True), ({"architecture": "arm64", "neon": True}, False)])
+def test_bfloat16_is_the_default_where_the_processor_multiplies_in_it(model, tmp_path, monkeypatch, processor, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    run(model, tmp_path, "--stop-at-low", "--prompt", "Number 3.")
+    assert json.loads((tmp_path / "prompt/sample.json").read_text())["arguments"]["amp"] is expected
+    assert all(parse(config, "", ["--device", "cpu"]).amp is expected for config in (Config, train_sr.Config))
 
 
 def test_a_seed_is_a_sample_and_reports_count(model, tmp_path):

@@ -1,5 +1,5 @@
 """Cases: a chest CT with lobe, airway and vessel masks and a report, as a folder of arrays that training can map.
-Paper sec. 5.1; the window and the grid are the released code's, the frame and codings are in the README.
+Paper sec. 5.1; the window and the grid are the released code's; `encode` has the codings.
 
     python data.py prepare --ct ct.nii.gz --lobe l.nii.gz --airway a.nii.gz --vessel v.nii.gz --report r.txt --out data/train/case1
     python data.py check data/train
@@ -13,8 +13,10 @@ import ctypes
 import gzip
 import json
 import os
+import re
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +53,10 @@ def choose_device(name):
     """"cuda" or "cpu" as asked, whichever is there if nothing was."""
     if not name:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cuda", "cpu"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise ValueError(f"--device {name}; cuda or cpu; choose one")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}; this PyTorch sees no GPU; leave --device out, or install a CUDA build and its driver")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}; this PyTorch sees {torch.cuda.device_count() or 'no'} GPU; leave --device out, or install a CUDA build and its driver")
     return name
 
 
@@ -68,7 +70,7 @@ def fast_bfloat16(device):
 
 
 def keep_memory():
-    """Let glibc keep the memory of freed tensors. It would give each back to the system and have it zeroed page by page at the next:
+    """Let glibc keep the memory of freed tensors. It would return it to the system, which zeroes every page again at the next allocation:
     a quarter of the time of everything on a CPU. Elsewhere (no mallopt) nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
     mallopt(-4, 0)                                                       # M_MMAP_MAX: large blocks come from the heap too
@@ -142,10 +144,12 @@ def load_nifti(path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a NIfTI (.nii or .nii.gz) is needed; check the path")
     opener = gzip.open if path.name.endswith(".gz") else open
+    damage = (OSError, EOFError, ValueError, OverflowError, zlib.error, nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError,
+              nibabel.orientations.OrientationError)
     try:
         with opener(path, "rb") as f:
             header = nibabel.Nifti1Header.from_fileobj(f, check=True)    # without the voxels yet
-    except (OSError, EOFError, ValueError, nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError) as e:
+    except damage as e:
         raise ValueError(f"{path}: no readable NIfTI-1 header ({e}); a .nii or .nii.gz volume is needed; convert or copy it again") from None
     shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
     if len(shape) == 4 and shape[3] == 1:
@@ -159,18 +163,18 @@ def load_nifti(path):
         raise ValueError(f"{path}: the header claims {shape}, {size / 2**30:.0f} GiB; at most {MAX_BYTES >> 30} GiB; crop it or mend the header")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
         raise ValueError(f"{path}: its affine is not finite or flat; voxels need a place in the world; mend the header")
-    need = int(header.get_data_offset()) + size
     try:
+        need = int(header.get_data_offset()) + size
         with opener(path, "rb") as f:
             raw = f.read(need)
             while opener is gzip.open and f.read(1 << 20):               # to its end, where the check sum is
                 pass
-    except (OSError, EOFError) as e:
+        if len(raw) < need:
+            raise EOFError(f"cut short, {len(raw)} bytes of {need}")
+        image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(raw))
+        array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])
+    except damage as e:
         raise ValueError(f"{path}: damaged ({e}); the whole file is needed; copy it again") from None
-    if len(raw) < need:
-        raise ValueError(f"{path}: {len(raw)} bytes of {need}; the file is cut short; copy it again")
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(raw))
-    array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite; all must be numbers; mend it first")
     return array, image.affine
@@ -247,6 +251,19 @@ def to_model(paths, grid, center=None):
     return out, tuple(float(c) for c in center)
 
 
+def read_safetensors(path):
+    """Weights, ours or others'.   -> state dict, what `train_low.export` says about them (kind, args, grid, step, provenance; {} for others')"""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as f:
+            state, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("medsyn", "{}"))
+        if about != {} and not (isinstance(about, dict) and {"kind", "args", "grid"} <= about.keys() and isinstance(about["args"], dict)):
+            raise ValueError("it describes itself as no network of this project")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path}: not readable safetensors ({e}); an LFS pointer or a broken download looks so; fetch it again") from None
+    return state, about
+
+
 # --- the case folder ---
 
 def write_case(folder, ct, lobe, airway, vessel, report, meta):
@@ -316,7 +333,7 @@ def faults(case):
     grid = shapes.get("ct", (0,))
     if len({shapes[n] for n in CHANNELS if n in shapes}) > 1 or len(grid) != 3 or len(set(grid)) != 1:
         found.append(f"shapes {shapes}: all must be one cube, prepare the case again")
-    elif shapes.get("low", (4,)) != (4,) + tuple(n // SCALE for n in grid) and "low" in shapes:
+    elif "low" in shapes and shapes["low"] != (4,) + tuple(n // SCALE for n in grid):
         found.append(f"low.npy is {shapes['low']} for a grid of {grid}: prepare the case again")
     elif not found:
         low = np.stack([encode(c, np.load(case / f"{c}.npy", mmap_mode="r")[::SCALE, ::SCALE, ::SCALE]) for c in CHANNELS])
@@ -446,7 +463,9 @@ def check(args):
         found = faults(case)
         wrong += bool(found)
         print(f"{case.name}: " + ("; ".join(found) if found else "sound"))
-    if not folders or wrong:
+    if not folders + broken:
+        raise ValueError(f"{args.folder}: no cases in it; a folder of case folders is needed; make some with data.py prepare or phantom.py, or check the path")
+    if wrong:
         raise ValueError(f"{args.folder}: {wrong} of {len(folders) + len(broken)} cases are not sound; all must be; mend or remove them")
     one_size(folders, ("low", "text"))
     print(f"{args.folder}: {len(folders)} cases, all sound")
@@ -459,7 +478,7 @@ def main(argv=None):
     for name in CHANNELS + ("report",):
         q.add_argument("--" + name, required=True, metavar="FILE")
     q.add_argument("--out", required=True, metavar="FOLDER", help="the case folder to write")
-    q.add_argument("--grid", type=int, default=256, help="256 (paper) or 128 (demo)")
+    q.add_argument("--grid", type=int, default=256, help="256 (the paper's, and --preset demo-256) or 128 (--preset demo)")
     q.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"), help="centre of the field of view, world mm; default the lungs'")
     q.set_defaults(run=prepare)
     q = sub.add_parser("check", help="validate a folder of cases", allow_abbrev=False)

@@ -12,14 +12,14 @@ from data import SCALE, encode
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 WINDOWS = (-1024, -780), (-160, 240)     # HU; not in the paper: where air differs from lung, and fluid from muscle
 FAINT = 0.1              # of [-1,1], 81 HU: the most that `agree` moves a voxel; not in the paper. At edges the stages differ by more, and there stage 2 knows better
-AERATED = -300           # HU below which it moves none: in a lung made darker, thin walls beside airways are no walls any more
+AERATED = -300           # HU below which `agree` moves none: a darker lung would lose the thin walls beside airways
 EMPTY = -930             # HU below which a lung is no lung any more; not in the paper, whose measure is -950
 
 
 def alpha_bar(t):
     """Cosine schedule: abar(t) = cos^2((t + 0.008) / 1.008 * pi / 2).   t: (B,) -> (B,1,1,1,1)
 
-    Times below 0 mean "cleaner than data can be"; the clamp leaves them a trace of noise, as the released code has it.
+    Nothing here asks for times below 0; the last step of the released sampler does, and the clamp leaves them its trace of noise.
     """
     abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     return torch.where(t < 0, 1.0, abar).clamp(ABAR_MIN, 1 - ABAR_MIN).reshape(-1, 1, 1, 1, 1)
@@ -59,11 +59,11 @@ def loss(net, x0, t, eps, context=None, low=None, drop=None, given=None, windows
 
 
 def window_loss(x0_hat, x0, t, bullae=0.0):
-    """Sum over WINDOWS of abar(t) (1 + bullae e) || w(x0_hat) - w(x_0) ||^2, where w shows the CT as a reader sees it who narrows the window: [-1,1]
-    of a few HU; e is 1 in empty lung, outside airways, and 0 elsewhere.
+    """Sum over WINDOWS of abar(t) (1 + bullae e) || w(x0_hat) - w(x_0) ||^2, where w clips the CT to a narrow window of HU and stretches that to [-1,1];
+    e is 1 in empty lung, outside airways, and 0 elsewhere.
 
-    Not in the paper. Over 1,624 HU a bulla in a lung, or fluid beside muscle, weighs nothing beside an edge that is a little off. Where noise leaves
-    little of x_t to see, x_0 hat is a mean over unlike chests, of which a window would show a part, hence abar.   x0_hat, x0: (B,4,D,H,W)   -> scalar
+    Not in the paper. Over the full 1,624 HU a bulla in a lung, or fluid beside muscle, counts for almost nothing beside a slightly misplaced edge.
+    At high noise x0_hat is an average of different chests, which no window fits, so the term is weighted by abar.   x0_hat, x0: (B,4,D,H,W)   -> scalar
     """
     ct, lobe, airway = x0[:, :1], x0[:, 1:2], x0[:, 2:3]
     empty = (ct < float(encode("ct", EMPTY))) & (lobe > -0.8) & (airway < 0)    # lobes are -0.6 to 1, nothing is -1
@@ -95,8 +95,8 @@ def guide(x0_cond, x0_null, guidance):
 
 
 def agree(x0_hat, low):
-    """Stage 2's estimate, its CT moved, by at most FAINT, to the low-resolution one at the voxels that this was taken from, every fourth along each
-    axis; in between the change is interpolated; air and lung stay. What is but a few HU apart, fluid and muscle, is then as stage 1 made it.
+    """Stage 2's estimate with its CT moved towards `low` at the voxels that `low` was taken from, every fourth along each axis, by at most FAINT;
+    in between the change is interpolated; voxels below AERATED stay. So fluid and muscle, a few HU apart, keep the values of stage 1.
 
     Not in the paper. Without FAINT it is DDNM's x_0 + A^+ (y - A x_0), Wang et al. 2022 (arXiv 2212.00490), where A takes every fourth voxel and A^+
     interpolates.   x0_hat, low: (B,4,D,H,W)   -> (B,4,D,H,W), CT in [-1,1]
@@ -135,7 +135,7 @@ def times(n, power=1):
     """n descending times from 1, one network evaluation each: (1, 1 - 1/n, ..., 1/n)^power.   -> (n,)
 
     power 1: the paper's, and stage 1's with either solver: what a text decides, it decides near noise.
-    power 2: denser near data; with it DPM-Solver++ in 10 steps of stage 2 is about as near to the limit of many as DDIM in 20.
+    power 2: denser near data; with it DPM-Solver++ in 10 steps of stage 2 is nearly as near to the limit of many as DDIM in 20.
     """
     return (1 - torch.arange(n) / n) ** power
 
@@ -154,7 +154,7 @@ def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed
 
     noise: (B,4,D,H,W)   times: (n,) descending, any sequence; the last step goes to clean data
     context: (B,N,width) text or None   guidance: 1 none, 2 released previews, 3 anatomy experiments
-    interval: (lowest, highest) t at which guidance is applied; it is a second network evaluation, and matters only in the middle
+    interval: (lowest, highest) t at which guidance is applied; it is a second network evaluation there. What a text decides, it decides near t = 1
     known, fixed: clean channels (B,4,D,H,W), and the list of channel indices in which they replace the estimate at every step
     clean: whether the network sees them without noise, for one that was trained so (`loss`, given)
     low: (B,4,D,H,W) for stage 2   agreeing: whether its estimates are made to `agree` with that   order: 1 DDIM, 2 DPM-Solver++(2M)   progress: wraps the steps, e.g. tqdm.   -> (B,4,D,H,W) in [-1,1]

@@ -11,7 +11,8 @@
     python evaluate.py augment REAL.csv SYNTHETIC.csv              # 5-fold accuracy and F1 with synthetic samples added (table 6)
 
 A FOLDER holds one folder a case, as sample.py and TotalSegmentator write them: ct, lobe, airway, vessel, heart, thorax, effusion .nii.gz.
-Masks that are not there are made by --segment phantom (thresholds, for phantoms only) or --segment totalseg (its public command, if installed).
+Masks that are not there are made by --segment phantom (airway, effusion, heart and thorax by thresholds from CT and lobes, for phantoms only) or
+--segment totalseg (airway, effusion and heart by its public command, if installed); others must be there.
 """
 import argparse
 import csv
@@ -20,6 +21,7 @@ import io
 import json
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,7 @@ def case_folders(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; it holds one folder of NIfTI files a case; check the path")
-    found = sorted({p.parent for p in folder.glob("[!.]*/*.nii*")}) or [folder] * any(folder.glob("*.nii*"))
+    found = sorted({p.parent for p in folder.glob("[!.]*/*.nii*")}) or ([folder] if any(folder.glob("*.nii*")) else [])
     if not found:
         raise ValueError(f"{folder}: no */*.nii.gz in it; measurements need volumes; sample some with sample.py")
     return found
@@ -63,12 +65,14 @@ def read(case, name, segment="none"):
         return read(case, name)
     if path is None and segment == "phantom" and name != "ct":
         import phantom
-        ct, affine = read(case, "ct")
+        (ct, affine), (lobe, _) = read(case, "ct"), read(case, "lobe")
+        if ct.shape != lobe.shape:
+            raise ValueError(f"{case}: CT {ct.shape}, lobe {lobe.shape}; one grid is needed; segment this very CT")
         frame = lambda a: np.ascontiguousarray(a[::-1].transpose(2, 1, 0))   # RAS (x,y,z) <-> model (d,h,w): both are this
-        masks = phantom.segment(frame(ct), frame(read(case, "lobe")[0]), np.abs(np.diag(affine)[2::-1]))
+        masks = phantom.segment(frame(ct), frame(lobe), np.abs(np.diag(affine)[2::-1]))
         return masks[name].transpose(2, 1, 0)[::-1].astype(np.float32), affine
     if path is None:
-        raise ValueError(f"{case}: no {FILES[name][0]}.nii.gz; this measurement needs it; segment the CT first, or pass --segment")
+        raise ValueError(f"{case}: no {FILES[name][0]}.nii.gz; this measurement needs it; segment the CT first" + (", or pass --segment totalseg" if name in TASKS else ""))
     return load_channel(name, path) if name in ("ct", "lobe") else load_nifti(path)
 
 
@@ -265,10 +269,14 @@ def feature_net(weights):
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as e:                                               # whatever a broken or hostile pickle raises
         raise ValueError(f"{weights}: not readable as plain tensors ({type(e).__name__}); MedicalNet's resnet_50.pth is needed; download it again") from None
-    state = {k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()}
-    lost = net.load_state_dict({k: v for k, v in state.items() if not k.startswith("conv_seg")}, strict=False)
-    if lost.missing_keys or lost.unexpected_keys:
-        raise ValueError(f"{weights}: {len(lost.missing_keys)} weights missing, {len(lost.unexpected_keys)} unknown; MedicalNet's ResNet-50 is needed; name that file")
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if not k.startswith("conv_seg")}
+    own = net.state_dict()
+    wrong = [k for k in own.keys() | state.keys() if k not in own or not torch.is_tensor(state.get(k)) or state[k].shape != own[k].shape]
+    if wrong:
+        raise ValueError(f"{weights}: {len(wrong)} weights missing, unknown or of another shape, such as {min(wrong)}; MedicalNet's ResNet-50 is needed; name that file")
+    net.load_state_dict(state)
     return net, hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]
 
 
@@ -279,7 +287,10 @@ def features(folder, net, name, edge, device):
     Protocol of HA-GAN's evaluation: [-1,1] of the HU window, edge^3 (256), no z-normalisation.
     """
     store = Path(folder) / f"features_{name}_{edge}.npz"
-    known = dict(np.load(store)) if store.exists() else {}
+    try:
+        known = dict(np.load(store)) if store.exists() else {}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{store}: not readable ({e}); it only saves time; remove it") from None
     out, new = [], 0
     for case in tqdm(case_folders(folder), desc=f"features of {folder}", leave=False):
         path = file_of(case, "ct")
@@ -322,6 +333,8 @@ def fid(args):
     counts = [len(case_folders(f)) for f in args.folders]
     if min(counts[0] // 2, counts[1]) < 2:
         raise ValueError(f"{counts[0]} real and {counts[1]} fake volumes; at least 4 and 2 are needed; the paper takes 1,024")
+    if args.edge < 8:
+        raise ValueError(f"--edge {args.edge}; at least 8 voxels are needed; 256 is the paper's")
     device = torch.device(choose_device(args.device))
     net, name = feature_net(args.weights)
     net.to(device)
@@ -356,6 +369,8 @@ def measure_phantom(ct, lobe):
 def phantoms(args):
     """Fresh phantoms, segmented by thresholds and measured, against the numbers they were drawn with: Pearson's r and mean error."""
     import phantom
+    if args.n < 2 or args.grid < 32 or args.grid % 8:
+        raise ValueError(f"--n {args.n}, --grid {args.grid}; at least 2 phantoms, and a multiple of 8 from 32 on are needed; 100 and 128 are usual")
     rows, truth = [], {name: [] for name in UNITS}
     for seed in tqdm(range(args.seed, args.seed + args.n), leave=False):
         case = phantom.make(seed, args.grid, "held-out")
@@ -379,15 +394,18 @@ def prompts(args):
     for line in lines:
         if len(line) != 3 or line[0].strip() not in UNITS:
             raise ValueError(f"{args.file}: {'|'.join(line)!r}; a line is `measure | prompt | prompt`, measure one of {', '.join(UNITS)}; mend it")
+    if not lines or args.n < 1:
+        raise ValueError(f"{args.file}, --n {args.n}: {len(lines)} pairs of prompts, {args.n} samples each; at least one of either is needed; change them")
     print(f"{'measure':20}{'prompt':64}{'n':>4}{'mean':>10} ± sd")
     for i, (command, *texts) in enumerate(lines):
         for j, text in enumerate(texts):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
             asked = ["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else []), *args.options.split()]
             record = out / "asked.json"
-            if out.exists() and not (record.is_file() and json.loads(record.read_text()) == asked):
+            made = list(out.glob("[!.]*/ct.nii.gz"))
+            if out.exists() and not (record.is_file() and (not made or json.loads(record.read_text()) == asked)):
                 raise ValueError(f"{out}: exists, and was not asked for by this command; samples are not replaced silently; choose another --out or remove it")
-            if len(list(out.glob("[!.]*/ct.nii.gz"))) != args.n:         # none yet, or this command was interrupted
+            if len(made) != args.n:                                      # none yet, or this command was interrupted
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir(parents=True)
                 write_atomic(record, json.dumps(asked).encode())
@@ -414,8 +432,8 @@ def labelled(path):
     """CSV of `file,label` (files relative to it) -> (n,1,32,32,32) in [-1,1], (n,) labels as strings"""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
-    if not rows or {"file", "label"} - rows[0].keys():
-        raise ValueError(f"{path}: no columns file,label; a line names a CT and its class; mend the header")
+    if not rows or not all(r.get("file") and r.get("label") for r in rows):
+        raise ValueError(f"{path}: no columns file,label, or a line without one; a line names a CT and its class; mend it")
     small = lambda ct: F.interpolate(torch.from_numpy(encode("ct", ct))[None, None], (32, 32, 32), mode="trilinear")
     volumes = [small(load_channel("ct", Path(path).parent / r["file"])[0]) for r in tqdm(rows, desc=str(path), leave=False)]
     return torch.cat(volumes), [r["label"] for r in rows]

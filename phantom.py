@@ -27,7 +27,7 @@ HU = dict(air=-1000, fat=-100, skin=20, muscle=55, marrow=320, cortex=520, disc=
 NOISE_HU = 9.0                                  # so low that a normal lung stays above -950 HU
 
 # Report sentences: wording -> topic -> templates, [this|that] a choice, @name a choice of TERMS. A topic starting with "!" is the Impression's line. The
-# wordings share no sentence, but a word of the held-out one is in some sentence of the other: a text model cannot know a word that it never read.
+# wordings share no sentence, but every word of the held-out sentences occurs in some sentence of training: a text model cannot know a word that it never read.
 TERMS = {"see": "There is|Note is made of|One sees|We see|The scan shows|Images show", "see_many": "There are|Note is made of|One sees|We see|The scan shows",
          "seen": "seen|present|noted|identified|found|visible", "shows": "shows|contains|holds|has",
          "fluid": "pleural effusion|effusion|pleural fluid collection|collection of pleural fluid", "liquid": "fluid|pleural fluid|dependent fluid|free fluid",
@@ -544,7 +544,13 @@ def write_one(job):
     others get further reports of it beside links to its arrays: a network learns what words mean from many ways to say one thing."""
     folders, seed, grid, wording = job
     if folders[0].exists():
-        meta = json.loads((folders[0] / "case.json").read_text())
+        try:
+            meta = json.loads((folders[0] / "case.json").read_text())
+            found = meta["source"] == "phantom"
+        except (ValueError, OSError, KeyError, TypeError):
+            found = False
+        if not found:
+            raise ValueError(f"{folders[0]}: its case.json is no phantom's; further reports are written from it; remove the folder or choose another --out")
     else:
         case = make(seed, grid, wording)
         meta = {"source": "phantom", **case["truth"]}
@@ -591,7 +597,12 @@ def main(argv=None):
             return
         jobs = [([args.out / f"phantom_{i:06d}{f'_text{j}' if j else ''}" for j in range(args.texts)], args.seed + i, args.grid, args.wording) for i in range(args.n)]
         todo = [job for job in jobs if not all(folder.exists() for folder in job[0])]
-        args.out.mkdir(parents=True, exist_ok=True)
+        for folder in (folders[0] for folders, *_ in jobs if (folders[0] / "ct.npy").exists()):
+            edge = len(np.load(folder / "ct.npy", mmap_mode="r"))
+            if edge != args.grid:
+                raise ValueError(f"{folder}: is there already, of {edge}^3 voxels, not {args.grid}^3; cases of one folder are of one size; choose another --out or --grid {edge}")
+        for path in [args.out] + ([args.picture.parent] if args.picture else []):
+            path.mkdir(parents=True, exist_ok=True)
         with multiprocessing.Pool(args.workers) as pool:
             for _ in tqdm(pool.imap_unordered(write_one, todo), total=len(todo), unit="case", desc="phantoms"):
                 pass

@@ -18,21 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, picture, read_report, save_nifti, to_model, upsample)
+from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, picture, read_report, read_safetensors, save_nifti, to_model, upsample)
 from diffusion import ddim_sample, times
 from unet3d import UNet3D, from_released
 
 # --- weights on disk: our folders, a runs/ folder, or the authors' *_ckpt folders ---
-
-def read_safetensors(path):
-    """-> state dict, metadata dict ({} if it has none)"""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("medsyn", "{}"))
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not readable safetensors ({e}); an LFS pointer or a broken download looks so; fetch it again") from None
-
 
 def read_released(folder):
     """The authors' checkpoint folder -> state dict. The second model of a folder is its running average."""
@@ -43,7 +33,10 @@ def read_released(folder):
         if path.suffix == ".safetensors":
             return read_safetensors(path)[0]
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+                raise TypeError("no names of tensors")
+            return state
         except Exception as e:                                           # whatever a hostile or broken pickle raises
             raise ValueError(f"{path}: refused ({type(e).__name__}); only plain tensors are read from a pickle; convert it to safetensors where you trust it") from None
     raise ValueError(f"{folder}: no model_1.safetensors or pytorch_model_1.bin; a released checkpoint folder has one; download it whole")
@@ -64,14 +57,20 @@ def load_stages(model):
         state, about = read_safetensors(path)
         if about.get("kind") != kind:
             raise ValueError(f"{path}: weights of kind {about.get('kind')}, not {kind}; each stage has its own; put the right file there")
-        net = UNet3D(**about["args"])
-        net.load_state_dict({k: v.float() for k, v in state.items()})
+        try:
+            net = UNet3D(**about["args"])
+            net.load_state_dict({k: v.float() for k, v in state.items()})
+        except (TypeError, RuntimeError) as e:
+            raise ValueError(f"{path}: the weights do not fit the network that it describes ({str(e)[:200]}); a trainer of this version wrote another form; train or fetch it again") from None
         stages[kind] = net, {**about, "file": str(path)}
     if not stages:
         for folder in sorted(model.glob("*_ckpt")):
             net = from_released(read_released(folder))
             kind = "sr" if net.args["in_channels"] == 8 else "low"
             stages[kind] = net, dict(kind=kind, grid=256 if kind == "sr" else 64, file=str(folder), provenance="released weights, CC-BY-NC")
+    grids = {kind: about["grid"] for kind, (_, about) in stages.items()}
+    if "sr" in grids and "low" in grids and grids["sr"] != SCALE * grids["low"]:
+        raise ValueError(f"--model {model}: stage 1 makes {grids['low']}^3, stage 2 {grids['sr']}^3 where {SCALE * grids['low']}^3 is next; the two belong together; put weights of one size there")
     if "low" not in stages:
         raise ValueError(f"--model {model}: neither low.safetensors nor released *_ckpt folders in it; stage 1 is always needed; "
                          "train it with train_low.py or name another folder")
@@ -88,6 +87,8 @@ def reports(args):
         if not any(c.isalpha() for c in args.prompt):
             raise ValueError(f"--prompt {args.prompt!r}; no words in it; write some, or leave the option out")
         return [("prompt", args.prompt)]
+    if "" in (args.report or []):
+        raise ValueError("--report '': no name of a file; a report is a text file; check the variable that should hold it")
     files = []
     for path in map(Path, args.report or []):
         files += sorted(path.glob("*.txt")) if path.is_dir() else [path]
@@ -100,6 +101,7 @@ def place(net, device, args):
     """A network ready to sample: weights in bfloat16 once rather than at every step (what autocast would do), Blocks compiled."""
     net.to(device).eval()
     net.slab = args.slab
+    torch.backends.cudnn.benchmark = True                                # one shape, many steps: the search for the fastest convolution pays
     if args.amp:
         for p in net.parameters():
             if p.dim() > 1:
@@ -121,8 +123,8 @@ def trained_given(about):
 
 
 def tidy_lobes(x):
-    """The lobe channel with every voxel at a lobe that is really there: at the nearest, in value, of the lobes that fill a cube of 3^3 voxels, to
-    a quarter of the step between labels, not farther than 5 voxels away, and of no lobe.   x: (G,G,G) in [-1,1]   -> (G,G,G), x itself if it has no lobes
+    """The lobe channel with every voxel at the nearest value among "no lobe" and the lobes that are present within 5 voxels of it. A lobe is present
+    where a cube of 3^3 voxels lies within 0.1 of its value.   x: (G,G,G) in [-1,1]   -> (G,G,G), x itself if no lobe is present
 
     Not in the paper. One channel codes five lobes as numbers, so a blurred border between lobes 3 and 5 passes through 4, and one between the right
     lung and the chest wall through all of them: rounded, it is a shell of lobes that are elsewhere.
@@ -167,7 +169,7 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
         if args.slab:
             low_net.cpu()                                                # its weights would take the memory that is to be saved
         if sr_net is not None:
-            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree, progress=bar("super-resolution"), **options)
+            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, 2 if args.solver == "dpm" else 1), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree, progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
     x, lobe = x[0].float(), CHANNELS.index("lobe")
@@ -275,7 +277,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance", type=float, default=2.0, help="1 none (the paper), 2 (default), 3 (released anatomy experiments)")
     p.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t in [0,1] at which it is applied; else one evaluation a step instead of two")
-    p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), in stage 2 about as good in 10 steps as ddim in 20")
+    p.add_argument("--solver", choices=("ddim", "dpm"), default="ddim", help="ddim (the paper), or dpm: DPM-Solver++(2M), in stage 2 nearly as good in 10 steps as ddim in 20")
     p.add_argument("--low-steps", type=int, default=50, help="steps of stage 1 (default 50), two network evaluations each with guidance")
     p.add_argument("--sr-steps", type=int, default=20, help="steps of stage 2 (default 20), one network evaluation each")
     p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="move the CT of stage 2 to the HU of stage 1, by at most 81; default for weights trained with a demo preset, and for no others")

@@ -1,8 +1,8 @@
 """Medical BERT: a chest CT report becomes 192 vectors of 768 numbers, f_text, which stage 1 attends to.
 Paper sec. 4.1; fine-tuning from sec. 4.6: two tasks at once, masked words and paired sections.
 
-    torchrun --nproc_per_node=4 text_encoder.py train --reports data/train --out checkpoints/text
-    python text_encoder.py embed data/train --model checkpoints/text       # report.txt -> text.npy: training never runs BERT
+    torchrun --nproc_per_node=4 text_encoder.py train --reports data/train --out runs/text
+    python text_encoder.py embed data/train --model runs/text             # report.txt -> text.npy: training never runs BERT
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 # transformers takes seconds to import; the functions that need it import it, so that importing this file stays cheap.
 
-from data import cases, choose_device, exits, read_report, write_atomic
+from data import cases, choose_device, exits, fast_bfloat16, read_report, write_atomic
 
 CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"     # the paper's start, 768 wide
 TOKENS = 192                                              # N, the tokens of a report that the UNet sees (sec. 4.6)
@@ -57,8 +57,8 @@ def load_reports(paths):
                 try:
                     row = json.loads(line)
                     subject = row.get("subject", row.get("id", f"{path}:{number}"))
-                    texts.append((str(subject), "Findings: " + row["findings"] + "\nImpression: " + row["impression"]
-                                  if "impression" in row else row["text"] + ""))
+                    two = "impression" in row
+                    texts.append((str(subject), "Findings: " + row["findings"] + "\nImpression: " + row["impression"] if two else "" + row["text"]))
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ValueError(f"{path}: line {number} is no report; a line has 'text', or 'findings' and 'impression'; mend it") from None
         else:
@@ -84,11 +84,11 @@ def pack(tokenizer, pairs, tokens):
     ids = torch.full((len(pairs), tokens), tokenizer.pad_token_id)
     kinds, mask, lengths = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), []
     for row, (f, i) in enumerate(zip(findings, impressions)):
-        room = tokens - 2 - bool(i)                       # [CLS], and one [SEP] a section
+        room = tokens - (3 if i else 2)                   # [CLS], and one [SEP] a section
         lengths.append(len(f) + len(i) + tokens - room)
         i = i[:max(room // 2, room - len(f))]             # over-long: Findings are cut first, the Impression never below half
         f = f[:room - len(i)]
-        line = [tokenizer.cls_token_id, *f, tokenizer.sep_token_id] + [*i, tokenizer.sep_token_id] * bool(i)
+        line = [tokenizer.cls_token_id, *f, tokenizer.sep_token_id, *([*i, tokenizer.sep_token_id] if i else [])]
         ids[row, :len(line)], mask[row, :len(line)] = torch.tensor(line), True
         kinds[row, len(f) + 2:len(line)] = 1
     return ids, kinds, mask, lengths
@@ -168,7 +168,7 @@ def seeded(seed, step):
 def mask_words(ids, tokenizer, generator, kept=0.0):
     """15 % of a report's words become [MASK], but for a share `kept` of these -> ids with holes, chosen (B,N) bool. [CLS], [SEP], [PAD], [UNK] are never chosen.
 
-    A kept word is asked for as well, so its state has to tell it. Where all are masked, nothing asks the state of "large" to differ from that of "small"."""
+    Kept words are predicted too, so the state of a word must encode that word. If all were masked, nothing would make the states of "large" and "small" differ."""
     words = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
     count = (MASKED * words.sum(1, keepdim=True)).round().clamp(min=1)
     score = torch.rand(ids.shape, generator=generator).masked_fill(~words, 2)
@@ -230,16 +230,16 @@ def figures(word_logits, words, pair_logits, paired):
 @torch.no_grad()
 def evaluate(net, tokenizer, held_out, tokens, batch, frequent):
     """Means over reports never trained on, each once with its own Impression and once with another held-out subject's.
-    Chance: the answer 'paired' is right for half of them; the word `frequent`, the commonest in training, for some."""
+    Chance for pairs is 0.5; for words it is the accuracy of always answering `frequent`, the commonest word of the training."""
     net.eval()
     device, generator, rows = net.paired.weight.device, torch.Generator().manual_seed(0), []
     held_out = held_out * max(1, 200 // len(held_out))    # few reports: many masks and swaps of each, for steadier figures
     for i in range(0, len(held_out), batch):
         part = held_out[i:i + batch]
         pairs = [r[1:] for r in part] + [(r.findings, another_impression(r, held_out, generator)) for r in part]
-        *inputs, ids = [x.to(device) for x in make_batch(pairs, tokenizer, tokens, generator)]
-        paired, words = torch.tensor([1.0, 0.0], device=device).repeat_interleave(len(part)), ids[inputs[-1]]
-        word_logits, pair_logits = net(*inputs)
+        holes, kinds, mask, chosen, ids = (x.to(device) for x in make_batch(pairs, tokenizer, tokens, generator))
+        paired, words = torch.tensor([1.0, 0.0], device=device).repeat_interleave(len(part)), ids[chosen]
+        word_logits, pair_logits = net(holes, kinds, mask, chosen)
         rows.append(figures(word_logits, words, pair_logits, paired) + [(words == frequent).float().mean().item(), len(part)])
     word_loss, word_accuracy, pair_loss, pair_accuracy, word_chance, _ = np.average(rows, 0, weights=[row[-1] for row in rows]).tolist()
     return {"words": dict(loss=word_loss, accuracy=word_accuracy, chance=word_chance), "pairs": dict(loss=pair_loss, accuracy=pair_accuracy, chance=0.5)}
@@ -300,10 +300,11 @@ def train(a):
         generator = seeded(a.seed, step)
         torch.manual_seed((a.seed << 32) + step * world + rank)
         pairs, paired = swap_sections([reports[j] for j in order], reports, generator)
-        *inputs, ids, paired = [x[rank::world].to(device) for x in (*make_batch(pairs, tokenizer, a.tokens, generator, a.kept), paired)]
-        words = ids[inputs[-1]]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            word_logits, pair_logits = model(*inputs)
+        batch = (*make_batch(pairs, tokenizer, a.tokens, generator, a.kept), paired)
+        holes, kinds, mask, chosen, ids, paired = (x[rank::world].to(device) for x in batch)
+        words = ids[chosen]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and fast_bfloat16("cuda")):
+            word_logits, pair_logits = model(holes, kinds, mask, chosen)
         loss = masked_word_loss(word_logits, words) + paired_section_loss(pair_logits, paired)      # not in the paper: equal weights
         loss.backward()
         norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -390,7 +391,7 @@ def main(argv=None):
         a = p.parse_args(argv)
         a.device = choose_device(a.device)
         for name, value in vars(a).items():
-            low, high = dict(steps=(0, 2 ** 31), seed=(0, 2 ** 31), lr=(0, 1), held_out=(0, 1), kept=(0, 1), dropout=(0, 1)).get(name, (1, 2 ** 31))
+            low, high = dict(steps=(0, 2 ** 31), tokens=(8, 2 ** 31), seed=(0, 2 ** 31), lr=(0, 1), held_out=(0, 1), kept=(0, 1), dropout=(0, 1)).get(name, (1, 2 ** 31))
             if type(value) in (int, float) and not low <= value < high:
                 raise ValueError(f"--{name.replace('_', '-')} {value}; it is at least {low} and below {high}; change it")
         if a.command == "train" and a.width % a.heads:

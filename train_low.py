@@ -4,7 +4,7 @@ Paper sec. 4.2.1 and 4.3, eq. 9; numbers from sec. 4.6 unless a line says otherw
     torchrun --nproc_per_node=4 train_low.py --data data/train      # four GPUs
     python train_low.py --preset demo                               # two CPU cores
 
-Running the same command again resumes exactly where it stopped. Every random number of a step belongs to the number of its
+Running the same command again resumes exactly where it stopped (on a GPU up to rounding: cuDNN may choose other algorithms). Every random number of a step belongs to the number of its
 sample, not to a process, so 1, 2 or 64 processes train the same network (up to the rounding of sums).
 """
 import argparse
@@ -14,6 +14,7 @@ import fcntl
 import io
 import json
 import os
+import pickle
 import signal
 import sys
 import time
@@ -27,14 +28,13 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, fast_bfloat16, keep_memory, picture, write_atomic
+from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, fast_bfloat16, keep_memory, picture, read_safetensors, write_atomic
 from diffusion import choose_given, ddim_sample, loss, times
 from unet3d import UNet3D, folded
 
@@ -65,7 +65,7 @@ class Common:
     clip: float = arg(1.0, "largest gradient norm")
     windows: float = arg(0.0, "weight of the CT's error seen in narrow windows of HU, where faint differences show (diffusion.window_loss); 0 is the paper's")
     bullae: float = arg(0.0, "with --windows: how much more a voxel of empty lung counts there, of which there are few; 0 is the paper's")
-    given: float = arg(0.0, "share of samples in which the CT, or some masks, are shown without noise, as fixed ones are then while sampling; 0 is the paper's")
+    given: float = arg(0.0, "share of samples in which the CT (half of them), or some masks (none of them in an eighth), are shown without noise, as fixed ones are then while sampling; 0 is the paper's")
     ema: float = arg(0.999, "decay of the running average; released code")
     ema_every: int = arg(1, "steps between its updates; released code")
     ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
@@ -164,7 +164,7 @@ def low_samples(cfg, net, dataset, device, n=2):
 def setup(cfg):
     """Processes and device.   -> device, rank, world"""
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group(timeout=timedelta(minutes=10))           # gloo for what is on the CPU, NCCL for what is on GPUs
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(cfg.device)
     if device.type == "cuda":
@@ -200,7 +200,9 @@ def load_checkpoint(out, cfg):
             if bad:
                 raise ValueError(f"{bad} fails its check sum")
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (zipfile.BadZipFile, ValueError, RuntimeError, OSError, EOFError) as e:
+            if not isinstance(state, dict) or {"kind", "step", "config", "net", "ema", "opt"} - state.keys():
+                raise ValueError("no checkpoint of these trainers")
+        except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, RuntimeError, OSError, EOFError) as e:
             print(f"warning: {path} is not readable ({type(e).__name__}); trying the one before it", file=sys.stderr)
             continue
         now = asdict(cfg)
@@ -229,22 +231,35 @@ def export(path, cfg, ema, grid, step, n):
     write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
 
 
+def is_new(cfg):
+    """Whether the run has no checkpoint yet."""
+    return not any((Path(cfg.out) / name).exists() for name in ("last.pt", "previous.pt"))
+
+
 def begin_from(path, kind, net):
-    """The weights that `export` wrote, into `net`, to train on from there."""
-    try:
-        with safe_open(path, "pt") as f:
-            about, state = json.loads((f.metadata() or {}).get("medsyn", "{}")), {k: f.get_tensor(k).float() for k in f.keys()}
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"--init {path}: not readable safetensors ({e}); weights that a trainer wrote are needed; check the path") from None
-    differing = {k: v for k, v in about.get("args", {}).items() if v != net.args[k] and k != "pooled" and not (k == "patch" and v == 1)}
+    """The weights that `export` wrote, into `net`, to train on from there.   -> names of what was not there: of text pooling, or nothing"""
+    state, about = read_safetensors(path)
+    state, args = {k: v.float() for k, v in state.items()}, about.get("args", {})
+    differing = {k: v for k, v in args.items() if v != net.args.get(k) and k != "pooled" and not (k == "patch" and v == 1)}
     if about.get("kind") != kind or differing:
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has others; pass the options of that network")
-    if net.patch > about["args"]["patch"]:
+    if net.patch > args.get("patch", 1) and "head.norm1.weight" in state:
         state = folded(state, net)
-    new, excess = net.load_state_dict(state, strict=False)               # new: of text pooling where there was none
+    new, excess = net.load_state_dict(state, strict=False)
     if excess or any(not k.startswith("pool.") for k in new):
         raise ValueError(f"--init {path}: lacks {', '.join(new) or 'nothing'}, has besides {', '.join(excess) or 'nothing'}; the same network is needed, "
                          "or one without pooled text; pass its options or name another file")
+    return new
+
+
+def gather_shares(opt, rank, world):
+    """Adam's shares of a ZeroRedundancyOptimizer, on the CPU of rank 0, where `opt.state_dict()` then has them all. `consolidate_state_dict` does the
+    same, but turns bytes into a tensor one by one: minutes for the paper's G."""
+    mine = opt.optim.state_dict()
+    mine["state"] = {i: {k: v.cpu() for k, v in state.items()} for i, state in mine["state"].items()}
+    shares = [None] * world if rank == 0 else None
+    dist.gather_object(mine, shares)
+    opt._all_state_dicts = shares or []
 
 
 def ignore_signals(_):
@@ -256,7 +271,7 @@ def ignore_signals(_):
 @torch.no_grad()
 def validate(cfg, net, dataset, loss_fn, device):
     """Mean of eq. 9 or 10 over the held-out cases, each at 4 fixed draws of t and noise, with `cfg.validated` for whatever the
-    training has, so that runs compare; only --late stays, which draws t.   -> float"""
+    training has, so that runs of the same --seed, --late, --drop and --crop compare, which decide the draws.   -> float"""
     cfg, total = replace(cfg, **cfg.validated), 0.0
     for item in range(4 * len(dataset)):
         batch = [torch.as_tensor(x)[None].to(device) for x in dataset[item]]
@@ -282,21 +297,23 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         step = state["step"]
         net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
         if cfg.zero and world > 1:
-            for s in opt.optim.state.values():                           # ZeroRedundancyOptimizer puts it on the CPU, where a fused AdamW on a GPU fails
+            opt.state.clear()                                            # ZeroRedundancyOptimizer's second, unused copy of its share
+            for s in opt.optim.state.values():                           # and it puts this on the CPU, where a fused AdamW on a GPU fails
                 s["step"] = s["step"].to(device)
         del state                                                        # 11 GB at the paper's size
     model = net if world == 1 else DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
     accum = cfg.batch // (cfg.micro * world)
-    numbers = [range(k, k + cfg.micro) for s in range(step, cfg.steps) for k in                    # this process's samples, micro-batch by micro-batch
-               range(s * cfg.batch + rank * cfg.micro, (s + 1) * cfg.batch, cfg.micro * world)]
+    first, stride = step * cfg.batch + rank * cfg.micro, cfg.micro * world
+    numbers = [range(k, k + cfg.micro) for k in range(first, cfg.steps * cfg.batch, stride)]       # this process's samples, micro-batch by micro-batch
     loader = DataLoader(dataset, batch_sampler=numbers, num_workers=cfg.workers, pin_memory=device.type == "cuda",
                         worker_init_fn=ignore_signals)
     batches = iter(loader)
 
     def backward(batch, scale):
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
-            value = loss_fn(cfg, model, [x.to(device, non_blocking=True) for x in batch]) * scale
+            keys, *tensors = batch                                       # keys stay: `draw` wants them as numbers, and a GPU would be waited for
+            value = loss_fn(cfg, model, [keys, *(x.to(device, non_blocking=True) for x in tensors)]) * scale
         value.backward()
         return value.detach()
 
@@ -337,7 +354,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
             log.writerow([step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - began:.1f}"])
         saving = step % cfg.save_every == 0 or last
         if saving and cfg.zero and world > 1:
-            opt.consolidate_state_dict()                                 # to rank 0, in the form of the plain optimizer
+            gather_shares(opt, rank, world)
         if rank == 0 and saving:
             save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
             export(out / f"{cfg.kind}.safetensors", cfg, ema, dataset.grid, step, len(dataset))
@@ -390,10 +407,7 @@ def run(cfg, make_net, make_data, loss_fn, samples_fn):
             print(f"preset {cfg.preset} on {device}, {world} process(es)")
         dataset, held_out = make_data(cfg)
         with alone(Path(cfg.out), rank) as asked:
-            net = make_net(cfg, dataset)
-            if cfg.init:
-                begin_from(cfg.init, cfg.kind, net)
-            train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world, asked)
+            train(cfg, make_net(cfg, dataset), dataset, held_out, loss_fn, samples_fn, device, rank, world, asked)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -417,8 +431,8 @@ def enough(edge, patch):
 
 def warm_up(cfg, pool, dataset, batch=64, edge=8):
     """Teach the pooled text to say what a chest looks like before the UNet listens: with one linear layer behind it, it predicts x_0 on an 8^3 grid
-    from the text alone, which is eq. 5 at t = 1. Every voxel is measured in its own spread over the cases, or lungs a little darker would count for
-    nothing beside an outline a little wider. A minute of this saves thousands of steps in which a UNet tells no left from right.   -> its last loss
+    from the text alone, which is eq. 5 at t = 1. Each voxel's error is divided by its standard deviation over the cases, or an outline a little wider
+    would outweigh lungs a little darker. A minute of this saves thousands of steps in which a UNet tells no left from right.   -> its last loss
     """
     see = torch.nn.Linear(pool.read[-1].out_features, len(CHANNELS) * edge**3)
     opt = torch.optim.AdamW([*pool.parameters(), *see.parameters()], lr=2e-3)
@@ -430,8 +444,9 @@ def warm_up(cfg, pool, dataset, batch=64, edge=8):
     for _, x0, text in tqdm(batches, desc="warm up text", leave=False, mininterval=2, disable=int(os.environ.get("RANK", 0)) > 0):
         value = (see(F.silu(pool(text))) - (small(x0) - mean) / spread).square().mean()
         value.backward()
-        opt.step(), opt.zero_grad()
-    with torch.no_grad():                                                # mean 0 and spread 1 over the reports: what is faint beside the time is heard late
+        opt.step()
+        opt.zero_grad()
+    with torch.no_grad():                                                # mean 0 and spread 1 over the reports: codes much smaller than the time embedding are learned slowly
         codes = torch.cat([pool(text) for *_, text in first])
         size = codes.std(0).clamp(min=1e-3)
         pool.read[-1].weight /= size[:, None]
@@ -442,7 +457,8 @@ def warm_up(cfg, pool, dataset, batch=64, edge=8):
 def low_net(cfg, dataset):
     tokens, width = dataset[0][2].shape
     net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, patch=cfg.patch, checkpointing=cfg.checkpointing)
-    if cfg.pooled and cfg.warm_up and not (Path(cfg.out) / "last.pt").exists():
+    untaught = begin_from(cfg.init, "low", net) if cfg.init and is_new(cfg) else ["pool"]
+    if cfg.pooled and cfg.warm_up and untaught and is_new(cfg):
         warm_up(cfg, net.pool, dataset)
     return net
 

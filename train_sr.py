@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from data import SCALE, Cases, exits
 from diffusion import augment_low, choose_given, ddim_sample, loss, times
-from train_low import Common, all_folders, arg, draw, enough, parse, run
+from train_low import Common, all_folders, arg, begin_from, draw, enough, is_new, parse, run
 from unet3d import UNet3D
 
 DEMO = dict(dim=16, levels=3, windows=0.4, bullae=0.5, given=0.5, augment=0.1, batch=2, micro=2, lr=8e-4, cool=1.0, steps=2300, ema_start=100, ema=0.99, ema_every=1,
@@ -51,8 +51,11 @@ def sr_data(cfg):
 
 
 def sr_net(cfg, dataset):
-    return UNet3D(cfg.dim, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels, bottom=cfg.bottom,
-                  patch=cfg.patch, checkpointing=cfg.checkpointing)
+    net = UNet3D(cfg.dim, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels, bottom=cfg.bottom,
+                 patch=cfg.patch, checkpointing=cfg.checkpointing)
+    if cfg.init and is_new(cfg):
+        begin_from(cfg.init, "sr", net)
+    return net
 
 
 def misplace(lobe, by):
@@ -60,10 +63,11 @@ def misplace(lobe, by):
 
     lobe: (B,1,D,H,W), on the full grid   by: (B,3,n,n,n) voxels of the low grid along D, H, W, interpolated between the n^3 places   -> (B,1,D,H,W)
     """
-    shift = SCALE * F.interpolate(by, lobe.shape[2:], mode="trilinear", align_corners=True).round().long()
-    d, h, w = (torch.arange(n, device=lobe.device).reshape([-1 if i == axis else 1 for i in range(3)]) for axis, n in enumerate(lobe.shape[2:]))
-    d, h, w = [(place + shift[:, axis]).clamp(0, n - 1) for axis, (place, n) in enumerate(zip((d, h, w), lobe.shape[2:]))]
-    moved = lobe[torch.arange(len(lobe), device=lobe.device).reshape(-1, 1, 1, 1), 0, d, h, w][:, None]
+    shift = SCALE * F.interpolate(by, lobe.shape[2:], mode="trilinear", align_corners=True).round().long()      # (B,3,D,H,W)
+    here = torch.stack(torch.meshgrid(*(torch.arange(n, device=lobe.device) for n in lobe.shape[2:]), indexing="ij"))
+    last = torch.tensor(lobe.shape[2:], device=lobe.device).reshape(3, 1, 1, 1) - 1
+    there = (here + shift).clamp(min=torch.zeros_like(last), max=last)
+    moved = torch.stack([x[:, d, h, w] for x, (d, h, w) in zip(lobe, there)])
     return torch.where((lobe > -0.8) & (moved > -0.8), moved, lobe)      # lobes are -0.6 to 1, nothing is -1
 
 

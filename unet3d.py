@@ -53,10 +53,10 @@ def moments(x):
     return torch.stack([x.mean(1), x.square().mean(1)])
 
 
-def fold(norm, moments, scale_shift=None):
+def norm_as_affine(norm, moments, scale_shift=None):
     """A GroupNorm with these moments, then (1 + scale) and shift, as ONE gain and offset per sample and channel.   -> (B,C) each, float32"""
     mean, square = moments.unflatten(2, (GROUPS, -1)).mean(3)                # (B,groups) each
-    spread = (square - mean.square() + norm.eps).rsqrt()
+    spread = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()      # rounding alone can make it negative
     mean, spread = (v.repeat_interleave(len(norm.weight) // GROUPS, 1) for v in (mean, spread))
     gain = norm.weight * spread
     offset = norm.bias - mean * gain
@@ -84,7 +84,7 @@ def norm_scale_silu(x, norm, scale_shift=None):
 
 
 def split_norm(x, norm, scale_shift):
-    return affine_silu(x, *fold(norm, moments(x), scale_shift))
+    return affine_silu(x, *norm_as_affine(norm, moments(x), scale_shift))
 
 
 def native_norm(x, norm, scale_shift):
@@ -132,11 +132,11 @@ class Block(nn.Module):
         made `size` slices at a time. The norms' statistics are those of the whole volume, so this is no approximation."""
         scale_shift = self.time(F.silu(temb)) if self.time else None
         h, found = conv_in_slabs(self.conv1, parts, size)
-        gain, offset = fold(self.norm1, found, scale_shift)
+        gain, offset = norm_as_affine(self.norm1, found, scale_shift)
         for d in range(0, h.shape[2], size):
             h[:, :, d:d + size] = affine_silu(h[:, :, d:d + size], gain, offset)
         h, found = conv_in_slabs(self.conv2, [h], size, out=h)
-        gain, offset = fold(self.norm2, found)
+        gain, offset = norm_as_affine(self.norm2, found)
         for d in range(0, h.shape[2], size):
             h[:, :, d:d + size] = affine_silu(h[:, :, d:d + size], gain, offset) + self.skip(torch.cat([p[:, :, d:d + size] for p in parts], 1))
         return h
@@ -286,8 +286,8 @@ class UNet3D(nn.Module):
     context_dim, tokens: of the text (B,tokens,context_dim); context_dim 0 is a network without text.
     bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper's words for H).
     pooled: the text, pooled, is also added to the time embedding, so that every Block knows it. Not in the paper.
-    patch: 2 folds cubes of 2^3 voxels into channels first and unfolds them last: a seventh of the arithmetic. All but the head then sees of a cube
-        as many numbers as of a voxel otherwise; the head sees all, and is at least as wide as what it has to say. Not in the paper.
+    patch: 2 works on cubes of 2^3 voxels, for a seventh of the arithmetic. A pointwise layer squeezes a cube to `in_channels` numbers, so that all but
+        the head costs what it does on one voxel; the head sees whole cubes, and is at least as wide as the cubes that it makes. Not in the paper.
     checkpointing: "none"; "norms" recomputes norms and activations in the backward pass; "blocks" recomputes whole Blocks.
     net.slab = n: inference holds few whole tensors of the full resolution and makes the rest n slices at a time, to the same result.
     """
@@ -315,9 +315,9 @@ class UNet3D(nn.Module):
         self.rounds = nn.ModuleList(Round(w[-1], heads, context_dim, T) for _ in range(rounds))
         self.last = Block(w[-1], w[-1], T)
         self.ups = nn.ModuleList(Up(2 * w[i + 1], w[i], T, i == 0) for i in reversed(range(levels)))
-        folded, said = (in_channels * patch**3, out_channels * patch**3) if patch > 1 else (0, 0)
-        wide = dim * max(1, math.ceil(said / dim))
-        self.head = Block(2 * dim + folded, wide, 0)
+        cube = patch**3 if patch > 1 else 0                              # voxels of a cube that the head sees beside the features
+        wide = dim * max(1, math.ceil(out_channels * cube / dim))
+        self.head = Block(2 * dim + in_channels * cube, wide, 0)
         self.out = Pointwise(wide, out_channels * patch**3)
         for p in self.parameters():                                      # by rank: Module.to cannot do both
             if p.dim() in (4, 5):
@@ -327,6 +327,8 @@ class UNet3D(nn.Module):
         """Compile every Block by itself: like Blocks share their code, so this takes a minute where the whole network would take many."""
         torch._dynamo.config.recompile_limit = 128                       # one version for each shape of Block; the default is 8
         torch._dynamo.config.accumulated_recompile_limit = 1024
+        torch._dynamo.config.optimize_ddp = False                        # would cut Blocks in two at the borders of DDP's buckets
+        torch._functorch.config.ban_recompute_used_far_apart = False     # would keep float32 copies of what the norms see: twice the memory
         for module in self.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
@@ -363,7 +365,7 @@ class UNet3D(nn.Module):
             temb = temb + self.pool(context)
         if torch.is_autocast_enabled(xt.device.type):
             xt = xt.to(torch.get_autocast_dtype(xt.device.type))         # as the stem would, but before the copy
-        xt = (to_depth(xt, self.patch) if self.patch > 1 else xt).contiguous(memory_format=torch.channels_last_3d)
+        xt = to_depth(xt, self.patch).contiguous(memory_format=torch.channels_last_3d)
         seen = self.squeeze(xt) if self.patch > 1 else xt
         x = r = self.stem_of(seen)
         if self.slab:
@@ -381,22 +383,23 @@ class UNet3D(nn.Module):
             x = self.block(round.volume, temb, x)
         x = self.block(self.last, temb, x)
         for up in self.ups:
-            x = self.join(x, skips.pop())                                # a name for one thing at a time: what has none is freed
+            x = self.join(x, skips.pop())                                # always the same name, so that what it stood for is freed
             x = self.block(up.slice1, temb, x)
             x = self.block(up.slice2, temb, x)
             x = up.resize(self.block(up.volume, temb, x))
-        x, r = self.join(x, self.stem_of(seen) if r is None else r, *[xt] * (self.patch > 1)), None
+        parts = [x, self.stem_of(seen) if r is None else r] + ([xt] if self.patch > 1 else [])
+        x = self.join(*parts)
+        del parts, r
         x = self.block(self.head, temb, x)
-        x = self.out(x)
-        return (to_space(x, self.patch) if self.patch > 1 else x).float()
+        return to_space(self.out(x), self.patch).float()
 
     def stem_of(self, xt):
         return conv_in_slabs(self.stem, [xt], self.slab)[0] if self.slab else self.stem(xt)
 
 
 def folded(state, net):
-    """The weights of a network with patch 1, rewritten for `net`, the same with patch > 1, which then does to the means of its cubes what that did to
-    voxels: a network trained on a small grid begins where it stood on one twice as large. Not in the paper.   state: name -> tensor   -> the same
+    """The weights of a network with patch 1, rewritten for `net`, the same with patch > 1: applied to cubes, it then equals the old one applied to the
+    means of the cubes. So a network trained on a small grid begins where it stood on one twice as large. Not in the paper.   state: name -> tensor   -> the same
     """
     cube, copies, channels = net.patch**3, len(net.head.norm1.weight) // net.dim, net.stem.in_channels
     new = dict(state)
@@ -409,7 +412,7 @@ def folded(state, net):
         w = new[f"{name}.weight"]
         new[f"{name}.weight"] = torch.cat([w, w.new_zeros(len(w), channels * cube, *w.shape[2:])], 1)
     new["out.weight"], new["out.bias"] = (state[f"out.{part}"].repeat_interleave(cube, 0) for part in ("weight", "bias"))
-    for name in ("head.conv2.weight", "out.weight"):                     # they read the copies: random weights of sum 0 keep these from learning the same for ever
+    for name in ("head.conv2.weight", "out.weight"):                     # their inputs are copies; random weights of sum 0 over them change no output, but let them part
         apart = net.get_parameter(name).detach().unflatten(1, (-1, copies))
         new[name] = new[name].repeat_interleave(copies, 1) / copies + (apart - apart.mean(2, keepdim=True)).flatten(1, 2)
     return new

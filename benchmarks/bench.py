@@ -10,6 +10,7 @@ for which each form has a process of its own there. Ours keeps freed memory as t
 does by itself; "reference kept" is the reference with our way. TFLOP are counted from shapes; the ceiling is a large bf16 matrix product on the same device.
 """
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -111,6 +112,7 @@ def resident():
 
 def on_gpu(case, form, width):
     """-> a function that runs the case once and gives its seconds, its peak MB"""
+    gc.collect()                                                          # compiled Blocks are cycles: the case before may still be there
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     run = job(case, form, width, "cuda")
@@ -180,44 +182,49 @@ def measure(case, forms, width, device, repeats):
             print(f"{case}, {form}: does not fit", file=sys.stderr)
     seconds = {form: [] for form in ready}
     for _ in range(repeats):
-        for form, (run, _) in ready.items():
-            seconds[form].append(run())
+        for form, (run, _) in list(ready.items()):
+            try:
+                seconds[form].append(run())
+            except torch.OutOfMemoryError:                                # fits alone, not beside the others
+                print(f"{case}, {form}: does not fit beside {', '.join(f for f in ready if f != form)}; run it with --forms {form}", file=sys.stderr)
+                del ready[form]
     return {form: (statistics.median(seconds[form]), peak) for form, (_, peak) in ready.items()}     # and the processes end with their pipes
 
 
 # --- what is not a network call ---
 
-def sampling(device, repeats, low_steps, sr_steps, order):
-    """A whole volume: the demo weights' sizes on a CPU, the paper's on a GPU, random weights.   -> seconds, reference seconds, peak MB, reference's"""
+def sampling(device, repeats):
+    """A whole volume: the demo weights' sizes on a CPU, the paper's on a GPU, random weights.   -> {case: (seconds, peak MB or None)} of ours with
+    either solver and, "reference", the plain form with the paper's 50 + 20 steps"""
     (dim, sr_dim), grid, levels = ((160, 56), 64, 4) if device == "cuda" else ((16, 16), 32, 3)
     torch._dynamo.reset()
+    gc.collect()
     torch.manual_seed(0)
     low, sr = UNet3D(dim, levels=levels, **STAGES["G"]).eval(), UNet3D(sr_dim, levels=levels, **STAGES["H"]).eval()
     context = torch.randn(1, 192, 768, device=device)
-    forms = {"ours": (low, sr), "reference": (Reference(low).eval(), Reference(sr).eval())}
-    seconds, peaks = {f: [] for f in forms}, {}
-    for nets in forms.values():
-        for net in nets:
-            net.to(device)
-            if device == "cuda" and isinstance(net, UNet3D):
-                net.compile_blocks()
+    ours, plain = (low, sr), (Reference(low).eval(), Reference(sr).eval())
+    for net in (*ours, *plain):
+        net.to(device)
+        if device == "cuda" and isinstance(net, UNet3D):
+            net.compile_blocks()
+    cases, peaks = {"sampling_50_20": (ours, 50, 20, 1), "sampling_dpm_20_10": (ours, 20, 10, 2), "reference": (plain, 50, 20, 1)}, {}
 
-    def run(form):
-        g, h = forms[form]
-        n, m, o = (low_steps, sr_steps, order) if form == "ours" else (50, 20, 1)
-        with torch.autocast(device, torch.bfloat16, enabled=form == "ours" and fast_bfloat16(device)):
-            x = ddim_sample(g, torch.randn(1, 4, grid, grid, grid, device=device), times(n), context, 2.0, order=o)
-            ddim_sample(h, torch.randn(1, 4, *[SCALE * grid] * 3, device=device), times(m, o), low=upsample(x), order=o)
+    def run(nets, low_steps, sr_steps, order):
+        with torch.autocast(device, torch.bfloat16, enabled=nets is ours and fast_bfloat16(device)):
+            x = ddim_sample(nets[0], torch.randn(1, 4, grid, grid, grid, device=device), times(low_steps), context, 2.0, order=order)
+            ddim_sample(nets[1], torch.randn(1, 4, *[SCALE * grid] * 3, device=device), times(sr_steps, order), low=upsample(x), order=order)
     if device == "cuda":
-        for form in forms:
-            run(form)
+        for case, (nets, _, _, order) in cases.items():
+            run(nets, 2, 2, order)                                        # compiles; what is held does not grow with the steps
             torch.cuda.reset_peak_memory_stats()
-            run(form)
-            peaks[form] = torch.cuda.max_memory_allocated() / 1e6
+            run(nets, 2, 2, order)
+            others = sum(p.numel() * p.element_size() for net in (plain if nets is ours else ours) for p in net.parameters())
+            peaks[case] = (torch.cuda.max_memory_allocated() - others) / 1e6
+    seconds = {case: [] for case in cases}
     for _ in range(repeats):
-        for form in forms:
-            seconds[form].append(clock(lambda: run(form), device))
-    return *(statistics.median(seconds[f]) for f in forms), *(peaks.get(f) for f in forms)
+        for case, how in cases.items():
+            seconds[case].append(clock(lambda: run(*how), device))
+    return {case: (statistics.median(seconds[case]), peaks.get(case)) for case in cases}
 
 
 def text_tokens(device):
@@ -264,6 +271,7 @@ def say(args, **row):
 
 def bench(args):
     device = args.device
+    torch.backends.cudnn.benchmark = True                                 # as the trainers have it
     top = ceiling(device)
     name = torch.cuda.get_device_name() if device == "cuda" else next((line.split(": ")[1] for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU").strip()
     forms = [f for f in FORMS if f in args.forms and not (f in ("ours compiled", "reference kept") and device == "cuda")]
@@ -271,7 +279,7 @@ def bench(args):
         forms = [f for f in forms if f != "MONAI"]
     widths = dict(zip("GH", WIDTHS[device]))
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, ceiling {top:.2f} TFLOP/s, widths G {widths['G']}, H {widths['H']}, "
-          f"{args.repeats} repeats", file=sys.stderr)
+          f"{args.repeats} repeats, float32 as TF32 in products {torch.backends.cuda.matmul.allow_tf32}, in convolutions {torch.backends.cudnn.allow_tf32}", file=sys.stderr)
     for case, (stage, _, mode, quick) in CASES.items():
         if args.only and case not in args.only or args.quick and not quick or case == "H_256_step" and device == "cpu":
             continue
@@ -285,10 +293,11 @@ def bench(args):
             tflop=work, tflops=seconds and work / seconds, share=seconds and work / seconds / top,
             others={f: dict(seconds=s, peak_mb=p) for f, (s, p) in found.items() if f not in ("ours", "reference")})
     wanted = lambda case: case in args.only if args.only else not args.quick
-    for case, low_steps, sr_steps, order in (("sampling_50_20", 50, 20, 1), ("sampling_dpm_20_10", 20, 10, 2)):
-        if wanted(case):
-            ours, ref, peak, ref_peak = sampling(device, args.repeats, low_steps, sr_steps, order)
-            say(args, case=case, seconds=ours, reference_seconds=ref, ratio=ref / ours, peak_mb=peak, reference_peak_mb=ref_peak)
+    if wanted("sampling"):
+        found = sampling(device, args.repeats)
+        ref, ref_peak = found.pop("reference")
+        for case, (seconds, peak) in found.items():
+            say(args, case=case, seconds=seconds, reference_seconds=ref, ratio=ref / seconds, peak_mb=peak, reference_peak_mb=ref_peak)
     if wanted("text_encoder"):
         rate = text_tokens(device)
         say(args, case="text_encoder", tokens_per_s=rate, note=f"   {rate:.0f} tokens/s")
@@ -305,7 +314,7 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="fewer cases and forms")
     p.add_argument("--json", action="store_true", help="one JSON object a case on stdout")
     p.add_argument("--repeats", type=int, default=5, help="runs of each form, interleaved")
-    p.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join(CASES)}, sampling_50_20, sampling_dpm_20_10, text_encoder, loader")
+    p.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join(CASES)}, sampling, text_encoder, loader")
     p.add_argument("--forms", nargs="+", choices=FORMS, help="which forms run beside `ours` (default all; --quick: float32 and the reference)")
     p.add_argument("--serve", nargs=3, metavar=("CASE", "FORM", "WIDTH"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)

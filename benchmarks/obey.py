@@ -87,7 +87,7 @@ def reading(model, n):
         torch.manual_seed(0)
         if who == "random weights":
             bert = model.encoder.bert
-            model.encoder.bert = type(bert)(bert.config, add_pooling_layer=False).to(model.args.device).eval()      # as before its training
+            model.encoder.bert = type(bert)(bert.config, add_pooling_layer=False).to(model.encoder.device).eval()      # as before its training
         states = [torch.cat([model.encoder.encode(texts[i:i + 100])[0].cpu() for i in range(0, len(texts), 100)]) for texts, _ in sets]
         reader = TextPool(states[0].shape[-1], len(FINDINGS))
         opt = torch.optim.AdamW(reader.parameters(), 2e-3)

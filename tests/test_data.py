@@ -103,11 +103,17 @@ def broken(tmp_path):
     (tmp_path / "claims.nii.gz").write_bytes(gzip.compress(bytes(header)))
     header[42:48] = np.array([30000] * 3, "<i2").tobytes()
     (tmp_path / "huge.nii.gz").write_bytes(gzip.compress(bytes(header)))
+    plain = gzip.decompress(raw)
+    for name, at, number in (("intercept", 116, np.nan), ("offset", 108, np.inf)):
+        (tmp_path / f"{name}.nii.gz").write_bytes(gzip.compress(plain[:at] + np.array(number, "<f4").tobytes() + plain[at + 4:]))
+    squeezed = bytearray(raw)                                            # no zlib stream any more
+    squeezed[40] ^= 255
+    (tmp_path / "squeezed.nii.gz").write_bytes(squeezed)
     nan = L.astype(np.float32)
     nan[3, 3, 3] = np.nan
     flat = AFFINE.copy()
     flat[0] = 0
-    return {"cut": "damaged|short|header", "bit": "damaged|values", "text": "header", "claims": "cut short|damaged", "huge": "claims", "missing": "no such file",
+    return {"cut": "damaged|short|header", "bit": "damaged|values", "text": "header", "claims": "cut short|damaged", "huge": "claims", "missing": "no such file", "intercept": "damaged|header|NaN", "offset": "damaged|header", "squeezed": "damaged|header",
             nifti(tmp_path / "nan.nii.gz", nan).name: "NaN", nifti(tmp_path / "4d.nii.gz", np.stack([L, L], -1)).name: "3D",
             nifti(tmp_path / "2d.nii.gz", L[:, :, 0]).name: "3D", nifti(tmp_path / "complex.nii.gz", L.astype(np.complex64)).name: "real numbers",
             nifti(tmp_path / "empty.nii.gz", 0 * L).name: "empty", nifti(tmp_path / "three.nii.gz", 3 * L + (L == 0)).name: "labels 0..1"}

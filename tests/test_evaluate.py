@@ -1,6 +1,7 @@
 """Every measurer against a value known otherwise: closed forms, analytic shapes, phantoms' truth, the thing itself."""
 import csv
 import gzip
+import shutil
 
 import nibabel
 import numpy as np
@@ -81,6 +82,10 @@ def test_samples_of_another_request_are_not_measured_for_this_one(tmp_path, caps
     with pytest.raises(SystemExit) as e:
         command("--model", "another")
     assert e.value.code == 2 and "not asked for by this command" in capsys.readouterr().err and len(asked) == 3
+    for folder in (tmp_path / "out").glob("pair0_*/prompt_*"):
+        shutil.rmtree(folder)
+    command("--model", "another")                                        # an earlier request that made nothing is in nobody's way
+    assert "another" in asked[3]
 
 
 def test_fid_is_the_closed_form_and_zero_for_the_same():
@@ -225,10 +230,19 @@ def test_what_is_missing_is_named(folders, tmp_path, monkeypatch, capsys):
     nibabel.save(nibabel.Nifti1Image(np.arange(8 ** 3).reshape(8, 8, 8).astype(np.int16) - 300, np.eye(4)), tmp_path / "a/x/ct.nii.gz")
     for name in ("lobe", "airway"):
         nibabel.save(nibabel.Nifti1Image(np.eye(3)[..., None].repeat(3, 2).astype(np.uint8), np.eye(4)), tmp_path / f"a/x/{name}.nii.gz")
-    for args, words in ((["laa", "a"], "one grid is needed"), (["ctr", "a"], "no heart.nii.gz"), (["airway", "none"], "no such folder"), (["effusion", "a", "--segment", "totalseg"], "TotalSegmentator"),
+    (tmp_path / "none.txt").write_text("# measure | prompt | prompt")
+    (tmp_path / "half.csv").write_text("file,label\na/x/ct.nii.gz\n")
+    for args, words in ((["laa", "a"], "one grid is needed"), (["effusion", "a", "--segment", "phantom"], "one grid is needed"), (["prompts", "none.txt"], "0 pairs of prompts"),
+                        (["augment", "half.csv", "half.csv"], "a line without one"), (["phantoms", "--n", "0"], "at least 2 phantoms"), (["phantoms", "--grid", "65"], "a multiple of 8"), (["ctr", "a"], "no heart.nii.gz"), (["airway", "none"], "no such folder"), (["effusion", "a", "--segment", "totalseg"], "TotalSegmentator"),
                         (["dice", "a"], "one or two segmentations"), (["fid", "a", "a"], "at least 4")):
         with pytest.raises(SystemExit) as e:
             evaluate.main(args)
         assert e.value.code == 2 and words in capsys.readouterr().err, args
-    with pytest.raises(ValueError, match="resnet_50.pth"):
-        evaluate.feature_net("a/x/ct.nii.gz")
+    for name, weights in (("tensor", torch.zeros(3)), ("numbers", {0: torch.zeros(3)}), ("shapes", {k: torch.zeros(1) for k in evaluate.ResNet50().state_dict()})):
+        torch.save(weights, f"{name}.pth")
+    for name in ("a/x/ct.nii.gz", "tensor.pth", "numbers.pth", "shapes.pth"):
+        with pytest.raises(ValueError, match="ResNet-50 is needed|resnet_50.pth"):
+            evaluate.feature_net(name)
+    (tmp_path / "a/features_random_8.npz").write_bytes(b"PK half a zip")
+    with pytest.raises(ValueError, match="remove it"):
+        evaluate.features("a", None, "random", 8, "cpu")

@@ -1,8 +1,12 @@
 """What only a GPU can tell: the same numbers as on the CPU, in float32, in bf16 and compiled. Skipped where there is none."""
+import csv
+
 import pytest
 import torch
 
 import golden
+import train_low
+import train_sr
 from diffusion import ddim_sample, times
 from unet3d import UNet3D
 
@@ -52,3 +56,15 @@ def test_guidance_in_one_batch_is_guidance_in_two():
     net, noise, context = golden.network("low"), torch.randn(1, 4, 4, 8, 8), torch.randn(1, 192, 16)
     want = ddim_sample(net, noise, times(4), context, 2.0)
     assert error(ddim_sample(net.cuda(), noise.cuda(), times(4), context.cuda(), 2.0), want) < 5e-3
+
+
+@pytest.mark.parametrize("how", [["--compile"], ["--no-compile", "--checkpointing", "norms"], ["--no-compile", "--checkpointing", "blocks"]])
+@pytest.mark.parametrize("stage, more", [(train_low, ["--warm_up", "2"]), (train_sr, ["--crop", "16,16,16"])])
+def test_both_stages_train_stop_and_go_on(phantoms, tmp_path, stage, more, how):
+    common = ["--preset", "demo", "--device", "cuda", "--dim", "8", "--levels", "2", "--heads", "1", "--batch", "4", "--micro", "2", "--workers", "1", "--holdout", "1",
+              "--log_every", "1", "--ema_start", "3", "--data", str(phantoms), "--out", str(tmp_path / "run"), *more, *how]
+    for steps in ("3", "5"):
+        stage.main([*common, "--steps", steps])
+    rows = list(csv.DictReader(open(tmp_path / "run/loss.csv")))
+    assert [int(r["step"]) for r in rows] == [1, 2, 3, 4, 5] and all(0 < float(r["loss"]) < 10 for r in rows)
+    assert list((tmp_path / "run").glob("samples_*.png"))

@@ -109,3 +109,14 @@ def test_conditions_that_do_not_exist_are_named():
         make(0, 16, tumour=True)
     with pytest.raises(SystemExit):
         phantom.main(["--n", "0"])
+
+
+def test_cases_of_another_size_or_source_are_not_mixed_in(tmp_path, capsys):
+    command = ["--out", str(tmp_path), "--n", "1", "--workers", "1", "--grid"]
+    phantom.main([*command, "16"])
+    for args, words in ((["32"], "of 16^3 voxels, not 32^3"), (["16", "--texts", "2"], "is no phantom's")):
+        (tmp_path / "phantom_000000/case.json").write_text("{}")
+        with pytest.raises(SystemExit) as e:
+            phantom.main([*command, *args])
+        assert e.value.code == 2 and words in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1

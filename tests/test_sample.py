@@ -220,17 +220,27 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "there/sample").mkdir(parents=True)
-    for name, content in (("pointer", b"version https://git-lfs.github.com/spec/v1\noid"), ("evil", None), ("swapped", (model / "sr.safetensors").read_bytes())):
+    for name, content in (("pointer", b"version https://git-lfs.github.com/spec/v1\noid"), ("evil", None), ("swapped", (model / "sr.safetensors").read_bytes()),
+                          ("unlike", (model / "low.safetensors").read_bytes()), ("torn", None), ("listed", None)):
         (tmp_path / name).mkdir()
         if content:
             (tmp_path / name / "low.safetensors").write_bytes(content)
+    net = UNet3D(8, in_channels=8, heads=1, rounds=1, levels=2, context_dim=0)
+    cfg = Config()
+    cfg.kind = "sr"
+    export(tmp_path / "unlike/sr.safetensors", cfg, net, 64, 1, 1)       # stage 1 makes 8^3
+    about = dict(kind="low", args={**net.args, "dim": 16}, grid=8)
+    save_file(net.state_dict(), tmp_path / "torn/low.safetensors", metadata={"medsyn": json.dumps(about)})
+    (tmp_path / "listed/x_ckpt").mkdir()
+    torch.save([torch.zeros(1)], tmp_path / "listed/x_ckpt/pytorch_model_1.bin")
     (tmp_path / "evil/x_ckpt").mkdir()
     torch.save({"denoise_fn.x": Evil()}, tmp_path / "evil/x_ckpt/pytorch_model_1.bin")
     (tmp_path / "locked").write_text("a file, not a folder")
     cases = [(["--guidance", "nan"], "--guidance nan"), (["--low-steps", "0"], "--low-steps 0"), (["--seed", "-1"], "--seed"), (["--guidance-interval", "0.8", "0.2"], "FROM <= TO"), (["--slab", "-2"], "--slab"), (["--samples", "0"], "--samples"),
              (["--report", tmp_path / "empty.txt"], "no words"), (["--report", tmp_path / "binary.txt"], "UTF-8"), (["--report", tmp_path / "none.txt"], "none.txt"),
              (["--prompt", "a", "--report", tmp_path / "empty.txt"], "one text"), (["--airway", tmp_path / "none.nii"], "no such file"), (["--out", tmp_path / "there"], "--overwrite"), (["--out", tmp_path / "there", "--overwrite"], "is no sample"),
-             (["--center", "nan", 0, 0], "three finite numbers"),
+             (["--center", "nan", 0, 0], "three finite numbers"), (["--report", ""], "no name of a file"), (["--device", "cpu:x"], "--device cpu:x"),
+             (["--model", tmp_path / "unlike"], "stage 1 makes 8^3, stage 2 64^3"), (["--model", tmp_path / "torn"], "do not fit"), (["--model", tmp_path / "listed"], "refused"),
              (["--ct", airway, "--airway", airway], "leave the masks out"), (["--ct", airway], "Hounsfield"), (["--model", tmp_path / "none"], "no such folder"),
              (["--model", tmp_path / "pointer"], "not readable safetensors"), (["--model", tmp_path / "swapped"], "kind sr"), (["--model", tmp_path / "evil"], "refused"),
              (["--prompt", "x", "--text", tmp_path / "none"], "text model"), (["--out", tmp_path / "locked"], "locked"), (["--airway", airway, "--center", 900, 0, 0], "field of view")]

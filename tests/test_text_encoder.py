@@ -179,7 +179,7 @@ def test_empty_and_unknown_words(encoder, capsys):
     assert "unknown words" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--steps", "-1"], ["--held-out", "nan"], ["--seed", "-1"], ["--scra"], ["--batch", "25"], ["--width", "30"]])
+@pytest.mark.parametrize("flags", [["--steps", "-1"], ["--held-out", "nan"], ["--seed", "-1"], ["--scra"], ["--batch", "25"], ["--width", "30"], ["--tokens", "7"]])
 def test_wrong_flags_exit_2_and_write_nothing(flags, folder, tmp_path):
     with pytest.raises(SystemExit) as stop:
         te.main(["train", "--reports", str(folder.parent / "reports.jsonl"), "--out", str(tmp_path / "m"), "--scratch", "--batch", "4", *flags])

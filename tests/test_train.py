@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import train_low
 import train_sr
-from data import Cases, cases
+from data import Cases, cases, read_safetensors
 from diffusion import ddim_sample, times
-from sample import read_safetensors
 from unet3d import TextPool, UNet3D
 
 ROOT = Path(__file__).parent.parent
@@ -184,8 +184,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(phantoms, tmp_path, c
     low(phantoms, tmp_path / "a", "--steps", 5)
     assert "trying the one before" in capsys.readouterr().err
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    for name in ("last.pt", "previous.pt"):
-        (tmp_path / "a" / name).write_bytes(b"junk")
+    (tmp_path / "a/last.pt").write_bytes(b"junk")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "a/previous.pt")  # somebody else's
     for there in ("last.pt", "previous.pt"):                             # both; then the older alone, as a kill between two renames leaves it
         code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "a", "--steps", 6)
         assert code == 2 and "no checkpoint is readable" in err
@@ -235,11 +235,28 @@ def test_a_run_begins_from_the_weights_of_another(phantoms, tmp_path, capsys):
     low(phantoms, tmp_path / "b", "--steps", 1, "--init", tmp_path / "a/low.safetensors", "--lr", 0)
     (a, _), (b, about) = (exported(tmp_path / out, "low") for out in "ab")
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and about["provenance"]["config"]["init"]
+    (tmp_path / "a/low.safetensors").rename(tmp_path / "moved.safetensors")
+    low(phantoms, tmp_path / "b", "--steps", 2, "--init", tmp_path / "a/low.safetensors", "--lr", 0)      # a run that has begun needs it no more
+    (tmp_path / "moved.safetensors").rename(tmp_path / "a/low.safetensors")
+    for name, about in (("list", "[]"), ("bare", '{"kind": "low"}')):
+        save_file({"x": torch.zeros(1)}, tmp_path / name, metadata={"medsyn": about})
+    save_file({"x": torch.zeros(1)}, tmp_path / "others")
     capsys.readouterr()
-    for args, words in [(["--init", tmp_path / "none"], "not readable"), (["--init", tmp_path / "a/low.safetensors", "--dim", 16], "'dim': 8"),
+    for args, words in [(["--init", tmp_path / "none"], "not readable"), (["--init", tmp_path / "list"], "no network of this project"), (["--init", tmp_path / "bare"], "no network of this project"),
+                        (["--init", tmp_path / "others"], "kind None"), (["--init", tmp_path / "a/low.safetensors", "--dim", 16], "'dim': 8"),
                         (["--init", tmp_path / "a/low.safetensors", "--no-pooled"], "has besides pool.")]:
         code, err = fails(capsys, *TINY, "--data", phantoms, "--out", tmp_path / "c", *args)
         assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_weights_with_pooled_text_are_not_warmed_up_again(phantoms, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_low, "warm_up", lambda cfg, pool, dataset: asked.append(cfg.out))
+    low(phantoms, tmp_path / "a", "--steps", 1, "--warm_up", 1)
+    low(phantoms, tmp_path / "plain", "--steps", 1, "--no-pooled")
+    low(phantoms, tmp_path / "b", "--steps", 1, "--warm_up", 1, "--init", tmp_path / "a/low.safetensors")
+    low(phantoms, tmp_path / "c", "--steps", 1, "--warm_up", 1, "--init", tmp_path / "plain/low.safetensors")
+    assert asked == [str(tmp_path / "a"), str(tmp_path / "c")]
 
 
 def test_the_learning_rate_falls_at_the_end(phantoms, tmp_path):

@@ -58,29 +58,31 @@ def sr_net(cfg, dataset):
     return net
 
 
-def misplace(lobe, by):
-    """Lobes of a low-resolution volume whose borders inside the lung lie elsewhere, as stage 1 errs; the outline of the lungs stays.
+def misplace(masks, by):
+    """Masks of a low-resolution volume that lie elsewhere, as stage 1 errs: lobes inside the lung only, so that its outline stays.
 
-    lobe: (B,1,D,H,W), on the full grid   by: (B,3,n,n,n) voxels of the low grid along D, H, W, interpolated between the n^3 places   -> (B,1,D,H,W)
+    masks: (B,3,D,H,W) lobe, airway, vessel, on the full grid   by: (B,3,n,n,n) voxels of the low grid along D, H, W, interpolated between the n^3 places
+    -> (B,3,D,H,W)
     """
-    shift = SCALE * F.interpolate(by, lobe.shape[2:], mode="trilinear", align_corners=True).round().long()      # (B,3,D,H,W)
-    here = torch.stack(torch.meshgrid(*(torch.arange(n, device=lobe.device) for n in lobe.shape[2:]), indexing="ij"))
-    last = torch.tensor(lobe.shape[2:], device=lobe.device).reshape(3, 1, 1, 1) - 1
+    shift = SCALE * F.interpolate(by, masks.shape[2:], mode="trilinear", align_corners=True).round().long()      # (B,3,D,H,W)
+    here = torch.stack(torch.meshgrid(*(torch.arange(n, device=masks.device) for n in masks.shape[2:]), indexing="ij"))
+    last = torch.tensor(masks.shape[2:], device=masks.device).reshape(3, 1, 1, 1) - 1
     there = (here + shift).clamp(min=torch.zeros_like(last), max=last)
-    moved = torch.stack([x[:, d, h, w] for x, (d, h, w) in zip(lobe, there)])
-    return torch.where((lobe > -0.8) & (moved > -0.8), moved, lobe)      # lobes are -0.6 to 1, nothing is -1
+    moved = torch.stack([x[:, d, h, w] for x, (d, h, w) in zip(masks, there)])
+    inside = (masks[:, :1] > -0.8) & (moved[:, :1] > -0.8)               # lobes are -0.6 to 1, nothing is -1
+    return torch.cat([torch.where(inside, moved[:, :1], masks[:, :1]), moved[:, 1:]], dim=1)
 
 
 def sr_loss(cfg, net, batch):
-    """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input. Where the CT is given, it shows the fissures,
-    and the low-resolution lobes are misplaced by up to 4 of their voxels, that the network looks for them."""
+    """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input. Where the CT is given, it shows the structures
+    better than stage 1 knows them, and the low-resolution masks are misplaced by up to 4 of their voxels, that the network looks for them."""
     keys, x0, low = batch
     t, u, eps, v = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
     given = None
     if cfg.given:
         given = choose_given(v[:, :4], cfg.given)
-        lobe = misplace(low[:, 1:2], 8 * v[:, 4:].reshape(-1, 3, 3, 3, 3) - 4)
-        low = torch.cat([low[:, :1], torch.where(given[:, 0, None, None, None, None], lobe, low[:, 1:2]), low[:, 2:]], dim=1)
+        masks = misplace(low[:, 1:], 8 * v[:, 4:].reshape(-1, 3, 3, 3, 3) - 4)
+        low = torch.cat([low[:, :1], torch.where(given[:, :1, None, None, None], masks, low[:, 1:])], dim=1)
     return loss(net, x0, t, eps[:, :4], low=augment_low(low, cfg.augment * u, eps[:, 4:]), given=given, windows=cfg.windows, bullae=cfg.bullae)
 
 

@@ -55,16 +55,18 @@ def choose_device(name):
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise ValueError(f"--device {name}; cuda or cpu; choose one")
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}; this PyTorch sees {torch.cuda.device_count() or 'no'} GPU; leave --device out, or install a CUDA build and its driver")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and int(name[5:] or 0) >= there:
+        raise ValueError(f"--device {name}; this PyTorch sees {there or 'no'} GPU; leave --device out, or install a CUDA build and its driver")
     return name
 
 
 def fast_bfloat16(device):
-    """Whether the device itself multiplies in bfloat16, the default of every --amp. Others emulate it: a CPU without AVX-512, as in most laptops,
-    took 80 times as long as in float32. ARM counts as one of these; it was not tried."""
+    """Whether the device itself multiplies in bfloat16, the default of every --amp. Others emulate it: a CPU with AVX2 alone, as in most laptops,
+    took 70 times as long as in float32, one with AVX-512 but not its BF16 twice. ARM counts as one of these; it was not tried."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
     return has.get("amx_bf16", False) or has.get("avx512_bf16", False)
 
@@ -257,10 +259,10 @@ def read_safetensors(path):
     try:
         with safe_open(path, "pt") as f:
             state, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("medsyn", "{}"))
-        if about != {} and not (isinstance(about, dict) and {"kind", "args", "grid"} <= about.keys() and isinstance(about["args"], dict)):
-            raise ValueError("it describes itself as no network of this project")
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not readable safetensors ({e}); an LFS pointer or a broken download looks so; fetch it again") from None
+        raise ValueError(f"{path}: not readable safetensors ({e}); an LFS pointer or a broken download looks so; check the path or fetch it again") from None
+    if about != {} and not (isinstance(about, dict) and {"kind", "args", "grid"} <= about.keys() and isinstance(about["args"], dict)):
+        raise ValueError(f"{path}: describes itself as no network of this project; weights that a trainer wrote are needed; name another file")
     return state, about
 
 

@@ -270,13 +270,13 @@ def feature_net(weights):
     except Exception as e:                                               # whatever a broken or hostile pickle raises
         raise ValueError(f"{weights}: not readable as plain tensors ({type(e).__name__}); MedicalNet's resnet_50.pth is needed; download it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {str(k).removeprefix("module."): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith("conv_seg")}
-    own = net.state_dict()
+    state = {str(k).removeprefix("module."): v for k, v in state.items()} if isinstance(state, dict) else {}
+    unused = lambda k: k.startswith("conv_seg") or k.endswith("num_batches_tracked")      # of another task; of training
+    state, own = ({k: v for k, v in weights.items() if not unused(k)} for weights in (state, net.state_dict()))
     wrong = [k for k in own.keys() | state.keys() if k not in own or not torch.is_tensor(state.get(k)) or state[k].shape != own[k].shape]
     if wrong:
         raise ValueError(f"{weights}: {len(wrong)} weights missing, unknown or of another shape, such as {min(wrong)}; MedicalNet's ResNet-50 is needed; name that file")
-    net.load_state_dict(state)
+    net.load_state_dict(state, strict=False)
     return net, hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]
 
 
@@ -403,8 +403,8 @@ def prompts(args):
             asked = ["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else []), *args.options.split()]
             record = out / "asked.json"
             made = list(out.glob("[!.]*/ct.nii.gz"))
-            if out.exists() and not (record.is_file() and (not made or json.loads(record.read_text()) == asked)):
-                raise ValueError(f"{out}: exists, and was not asked for by this command; samples are not replaced silently; choose another --out or remove it")
+            if out.exists() and not (record.is_file() and json.loads(record.read_text()) == asked):
+                raise ValueError(f"{out}: exists, and was not asked for by this command, which may still run; samples are not replaced silently; choose another --out or remove {out}")
             if len(made) != args.n:                                      # none yet, or this command was interrupted
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir(parents=True)

@@ -598,7 +598,10 @@ def main(argv=None):
         jobs = [([args.out / f"phantom_{i:06d}{f'_text{j}' if j else ''}" for j in range(args.texts)], args.seed + i, args.grid, args.wording) for i in range(args.n)]
         todo = [job for job in jobs if not all(folder.exists() for folder in job[0])]
         for folder in (folders[0] for folders, *_ in jobs if (folders[0] / "ct.npy").exists()):
-            edge = len(np.load(folder / "ct.npy", mmap_mode="r"))
+            try:
+                edge = len(np.load(folder / "ct.npy", mmap_mode="r"))
+            except (ValueError, OSError, EOFError):
+                raise ValueError(f"{folder}: its ct.npy is not readable; a case is whole; remove the folder, and this command makes it again") from None
             if edge != args.grid:
                 raise ValueError(f"{folder}: is there already, of {edge}^3 voxels, not {args.grid}^3; cases of one folder are of one size; choose another --out or --grid {edge}")
         for path in [args.out] + ([args.picture.parent] if args.picture else []):

@@ -34,7 +34,7 @@ def read_released(folder):
             return read_safetensors(path)[0]
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+            if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
                 raise TypeError("no names of tensors")
             return state
         except Exception as e:                                           # whatever a hostile or broken pickle raises
@@ -68,9 +68,6 @@ def load_stages(model):
             net = from_released(read_released(folder))
             kind = "sr" if net.args["in_channels"] == 8 else "low"
             stages[kind] = net, dict(kind=kind, grid=256 if kind == "sr" else 64, file=str(folder), provenance="released weights, CC-BY-NC")
-    grids = {kind: about["grid"] for kind, (_, about) in stages.items()}
-    if "sr" in grids and "low" in grids and grids["sr"] != SCALE * grids["low"]:
-        raise ValueError(f"--model {model}: stage 1 makes {grids['low']}^3, stage 2 {grids['sr']}^3 where {SCALE * grids['low']}^3 is next; the two belong together; put weights of one size there")
     if "low" not in stages:
         raise ValueError(f"--model {model}: neither low.safetensors nor released *_ckpt folders in it; stage 1 is always needed; "
                          "train it with train_low.py or name another folder")
@@ -220,6 +217,9 @@ def sample(args):
     sr_net, sr_about = (None, None) if args.stop_at_low else stages.get("sr", (None, None))
     if sr_net is None and not args.stop_at_low:
         raise ValueError(f"--model {args.model}: no stage-2 weights; the full grid needs them; train them with train_sr.py or pass --stop-at-low")
+    if sr_net is not None and sr_about["grid"] != SCALE * low_about["grid"]:
+        raise ValueError(f"--model {args.model}: stage 1 makes {low_about['grid']}^3, stage 2 {sr_about['grid']}^3 where {SCALE * low_about['grid']}^3 is next; the two belong together; "
+                         "put weights of one size there or pass --stop-at-low")
     args.amp = fast_bfloat16(device) if args.amp is None else args.amp
     args.compile = device.startswith("cuda") if args.compile is None else args.compile
     args.agree = sr_net is not None and agrees(args, sr_about)

@@ -164,7 +164,7 @@ def low_samples(cfg, net, dataset, device, n=2):
 def setup(cfg):
     """Processes and device.   -> device, rank, world"""
     if "RANK" in os.environ:
-        dist.init_process_group(timeout=timedelta(minutes=10))           # gloo for what is on the CPU, NCCL for what is on GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device.startswith("cuda") else "gloo", timeout=timedelta(minutes=10))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device(cfg.device)
     if device.type == "cuda":
@@ -203,7 +203,7 @@ def load_checkpoint(out, cfg):
             if not isinstance(state, dict) or {"kind", "step", "config", "net", "ema", "opt"} - state.keys():
                 raise ValueError("no checkpoint of these trainers")
         except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, RuntimeError, OSError, EOFError) as e:
-            print(f"warning: {path} is not readable ({type(e).__name__}); trying the one before it", file=sys.stderr)
+            print(f"warning: {path} is not readable ({type(e).__name__}: {e}); trying the one before it", file=sys.stderr)
             continue
         now = asdict(cfg)
         differing = [f"{k} {v!r} -> {now[k]!r}" for k, v in state["config"].items() if k in now and k not in FREE and now[k] != v]
@@ -238,14 +238,20 @@ def is_new(cfg):
 
 def begin_from(path, kind, net):
     """The weights that `export` wrote, into `net`, to train on from there.   -> names of what was not there: of text pooling, or nothing"""
-    state, about = read_safetensors(path)
+    try:
+        state, about = read_safetensors(path)
+    except ValueError as e:
+        raise ValueError(f"--init {e}") from None
     state, args = {k: v.float() for k, v in state.items()}, about.get("args", {})
     differing = {k: v for k, v in args.items() if v != net.args.get(k) and k != "pooled" and not (k == "patch" and v == 1)}
     if about.get("kind") != kind or differing:
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has others; pass the options of that network")
-    if net.patch > args.get("patch", 1) and "head.norm1.weight" in state:
-        state = folded(state, net)
-    new, excess = net.load_state_dict(state, strict=False)
+    try:
+        if net.patch > args.get("patch", 1):
+            state = folded(state, net)
+        new, excess = net.load_state_dict(state, strict=False)
+    except (KeyError, RuntimeError) as e:                                # lacks what is folded, or has other shapes
+        raise ValueError(f"--init {path}: the weights do not fit the network that it describes ({str(e)[:200]}); weights that a trainer wrote are needed; name another file") from None
     if excess or any(not k.startswith("pool.") for k in new):
         raise ValueError(f"--init {path}: lacks {', '.join(new) or 'nothing'}, has besides {', '.join(excess) or 'nothing'}; the same network is needed, "
                          "or one without pooled text; pass its options or name another file")

@@ -186,7 +186,7 @@ def measure(case, forms, width, device, repeats):
             try:
                 seconds[form].append(run())
             except torch.OutOfMemoryError:                                # fits alone, not beside the others
-                print(f"{case}, {form}: does not fit beside {', '.join(f for f in ready if f != form)}; run it with --forms {form}", file=sys.stderr)
+                print(f"{case}, {form}: does not fit beside {', '.join(f for f in ready if f != form)}; run it with --forms {form!r}", file=sys.stderr)
                 del ready[form]
     return {form: (statistics.median(seconds[form]), peak) for form, (_, peak) in ready.items()}     # and the processes end with their pipes
 
@@ -321,6 +321,9 @@ def main(argv=None):
     with exits():
         if args.serve:
             return serve(*args.serve[:2], int(args.serve[2]))
+        unknown = set(args.only or []) - {*CASES, "sampling", "text_encoder", "loader"}
+        if unknown:
+            raise ValueError(f"--only {' '.join(sorted(unknown))}; cases are {', '.join(CASES)}, sampling, text_encoder, loader; choose of these")
         if args.repeats < 1:
             raise ValueError(f"--repeats {args.repeats}; at least 1 is needed; 5 is usual")
         keep_memory()

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Everything that waits for a GPU, in the order of its worth, in parts of at most ten minutes each on one H100 or H200:
+# Everything that waits for a GPU, in the order of its worth, in parts of some ten minutes each on one H100 or H200:
 #     for part in bench checks sampling small-data small-low small-sr large-data large-low large-sr; do sh benchmarks/gpu.sh $part; done
-# Results go to $OUT (default benchmarks/gpu), as one archive a part; phantoms and runs stay in data/ and runs/, 17 and 26 GB.
+# Results go to $OUT (default benchmarks/gpu), as one archive a part; phantoms and runs stay in data/ and runs/; the phantoms of small-data take 17 GB, those of large-data 26.
 # It needs torch, transformers, numpy, scipy, safetensors, tqdm, matplotlib and pytest; no NIfTI is read.
 set -u
 cd "$(dirname "$0")/.."

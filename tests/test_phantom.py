@@ -119,4 +119,7 @@ def test_cases_of_another_size_or_source_are_not_mixed_in(tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             phantom.main([*command, *args])
         assert e.value.code == 2 and words in capsys.readouterr().err
-    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "phantom_000000/ct.npy").write_bytes(b"")
+    with pytest.raises(SystemExit) as e:
+        phantom.main([*command, "16"])
+    assert e.value.code == 2 and "not readable" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1

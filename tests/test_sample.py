@@ -221,7 +221,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "there/sample").mkdir(parents=True)
     for name, content in (("pointer", b"version https://git-lfs.github.com/spec/v1\noid"), ("evil", None), ("swapped", (model / "sr.safetensors").read_bytes()),
-                          ("unlike", (model / "low.safetensors").read_bytes()), ("torn", None), ("listed", None)):
+                          ("unlike", (model / "low.safetensors").read_bytes()), ("torn", None)):
         (tmp_path / name).mkdir()
         if content:
             (tmp_path / name / "low.safetensors").write_bytes(content)
@@ -230,9 +230,10 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
     cfg.kind = "sr"
     export(tmp_path / "unlike/sr.safetensors", cfg, net, 64, 1, 1)       # stage 1 makes 8^3
     about = dict(kind="low", args={**net.args, "dim": 16}, grid=8)
-    save_file(net.state_dict(), tmp_path / "torn/low.safetensors", metadata={"medsyn": json.dumps(about)})
-    (tmp_path / "listed/x_ckpt").mkdir()
-    torch.save([torch.zeros(1)], tmp_path / "listed/x_ckpt/pytorch_model_1.bin")
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "torn/low.safetensors", metadata={"medsyn": json.dumps(about)})
+    for name, state in (("numbered", {0: torch.zeros(1)}), ("listed", [torch.zeros(1)])):
+        (tmp_path / name / "x_ckpt").mkdir(parents=True)
+        torch.save(state, tmp_path / name / "x_ckpt/pytorch_model_1.bin")
     (tmp_path / "evil/x_ckpt").mkdir()
     torch.save({"denoise_fn.x": Evil()}, tmp_path / "evil/x_ckpt/pytorch_model_1.bin")
     (tmp_path / "locked").write_text("a file, not a folder")
@@ -240,7 +241,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
              (["--report", tmp_path / "empty.txt"], "no words"), (["--report", tmp_path / "binary.txt"], "UTF-8"), (["--report", tmp_path / "none.txt"], "none.txt"),
              (["--prompt", "a", "--report", tmp_path / "empty.txt"], "one text"), (["--airway", tmp_path / "none.nii"], "no such file"), (["--out", tmp_path / "there"], "--overwrite"), (["--out", tmp_path / "there", "--overwrite"], "is no sample"),
              (["--center", "nan", 0, 0], "three finite numbers"), (["--report", ""], "no name of a file"), (["--device", "cpu:x"], "--device cpu:x"),
-             (["--model", tmp_path / "unlike"], "stage 1 makes 8^3, stage 2 64^3"), (["--model", tmp_path / "torn"], "do not fit"), (["--model", tmp_path / "listed"], "refused"),
+             (["--model", tmp_path / "unlike"], "stage 1 makes 8^3, stage 2 64^3"), (["--model", tmp_path / "torn"], "do not fit"), (["--model", tmp_path / "listed"], "refused"), (["--model", tmp_path / "numbered"], "refused"),
              (["--ct", airway, "--airway", airway], "leave the masks out"), (["--ct", airway], "Hounsfield"), (["--model", tmp_path / "none"], "no such folder"),
              (["--model", tmp_path / "pointer"], "not readable safetensors"), (["--model", tmp_path / "swapped"], "kind sr"), (["--model", tmp_path / "evil"], "refused"),
              (["--prompt", "x", "--text", tmp_path / "none"], "text model"), (["--out", tmp_path / "locked"], "locked"), (["--airway", airway, "--center", 900, 0, 0], "field of view")]

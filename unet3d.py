@@ -391,7 +391,8 @@ class UNet3D(nn.Module):
         x = self.join(*parts)
         del parts, r
         x = self.block(self.head, temb, x)
-        return to_space(self.out(x), self.patch).float()
+        x = self.out(x)
+        return to_space(x, self.patch).float()
 
     def stem_of(self, xt):
         return conv_in_slabs(self.stem, [xt], self.slab)[0] if self.slab else self.stem(xt)

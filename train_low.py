@@ -463,9 +463,10 @@ def warm_up(cfg, pool, dataset, batch=64, edge=8):
 def low_net(cfg, dataset):
     tokens, width = dataset[0][2].shape
     net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens, pooled=cfg.pooled, patch=cfg.patch, checkpointing=cfg.checkpointing)
-    untaught = begin_from(cfg.init, "low", net) if cfg.init and is_new(cfg) else ["pool"]
-    if cfg.pooled and cfg.warm_up and untaught and is_new(cfg):
-        warm_up(cfg, net.pool, dataset)
+    if is_new(cfg):
+        untaught = not cfg.init or begin_from(cfg.init, "low", net)
+        if cfg.pooled and cfg.warm_up and untaught:
+            warm_up(cfg, net.pool, dataset)
     return net
 
 

@@ -21,6 +21,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -171,13 +172,15 @@ def measures(args):
 
 def compare(args):
     """Table 5: Dice of every structure and lobe, reference against one or two segmentations, paired by folder name."""
-    rows = []
-    for seg in args.folders[1:]:
-        theirs = {c.name: c for c in case_folders(seg)}
-        ours = [c for c in case_folders(args.folders[0]) if c.name in theirs]
-        if not ours:
-            raise ValueError(f"{args.folders[0]}, {seg}: no case of the same name; pairs go by folder name; rename them")
-        for case in ours:
+    rows, folders = [], [{c.name: c for c in case_folders(f)} for f in args.folders]
+    shared = [name for name in folders[0] if all(name in there for there in folders)]          # so that two segmentations are judged on the same cases
+    if not shared:
+        raise ValueError(f"{', '.join(args.folders)}: no case of the same name in all; pairs go by folder name; rename them")
+    left_out = sorted({name for there in folders for name in there} - set(shared))
+    if left_out:
+        print(f"warning: {len(left_out)} case(s) left out, which are not in every folder: {', '.join(left_out[:3])}", file=sys.stderr)
+    for seg, theirs in zip(args.folders[1:], folders[1:]):
+        for case in (folders[0][name] for name in shared):
             for name in ("airway", "lobe", "vessel"):
                 ref, affine = read(case, name)
                 got, its = read(theirs[case.name], name)

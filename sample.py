@@ -175,6 +175,9 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
     return x.cpu()
 
 
+WRITTEN = {*(f"{c}.nii.gz" for c in CHANNELS), "preview.png", "sample.json"}
+
+
 def write(folder, x, center, about, overwrite):
     """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (4,G,G,G) in [-1,1]"""
     part = folder.with_name(f".{folder.name}.part")
@@ -204,9 +207,11 @@ def sample(args):
     there = [str(out / name) for name, _, _ in names if (out / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"{', '.join(there)}: exists; samples are not replaced silently; pass --overwrite or another --out")
-    foreign = [folder for folder in there if not (Path(folder) / "sample.json").is_file()]
-    if foreign:
-        raise ValueError(f"{', '.join(foreign)}: exists and is no sample; --overwrite replaces samples only; choose another --out")
+    for folder in map(Path, there):
+        if not (folder / "sample.json").is_file():
+            raise ValueError(f"{folder}: exists and is no sample; --overwrite replaces samples only; choose another --out")
+        if more := sorted({f.name for f in folder.iterdir()} - WRITTEN):
+            raise ValueError(f"{folder}: holds {', '.join(more[:3])} besides the sample; --overwrite would remove that too; move it away or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / ".writable").touch(), (out / ".writable").unlink()            # now, not after minutes of sampling
 

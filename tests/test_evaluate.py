@@ -1,6 +1,7 @@
 """Every measurer against a value known otherwise: closed forms, analytic shapes, phantoms' truth, the thing itself."""
 import csv
 import gzip
+import shutil
 
 import nibabel
 import numpy as np
@@ -186,7 +187,13 @@ def test_dice_command_resamples_and_is_one_with_itself(folders, tmp_path, monkey
     evaluate.main(["dice", str(folders / "well"), str(folders / "well"), str(tmp_path / "other")])
     rows = list(csv.DictReader(open("dice.csv")))
     assert (tmp_path / "dice.png").exists() and len(rows) == 2 * 3 * 8 and all(float(r["value"]) == 1 for r in rows)
-    assert "dice RML" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "dice RML" in printed.out and "warning" not in printed.err
+    gone = sorted((tmp_path / "other").iterdir())[0]
+    shutil.rmtree(gone)                                                  # both segmentations are then judged without it
+    evaluate.main(["dice", str(folders / "well"), str(folders / "well"), str(tmp_path / "other")])
+    assert len(list(csv.DictReader(open("dice.csv")))) == 2 * 2 * 8
+    assert f"1 case(s) left out, which are not in every folder: {gone.name}\n" in capsys.readouterr().err
 
 
 def test_fid_command_prints_the_floor_and_keeps_features(folders, tmp_path, monkeypatch, capsys):

@@ -220,6 +220,8 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "there/sample").mkdir(parents=True)
+    (tmp_path / "more/sample").mkdir(parents=True)
+    (tmp_path / "more/sample/sample.json").touch(), (tmp_path / "more/sample/heart.nii.gz").touch()      # somebody's segmentation of a sample
     for name, content in (("pointer", b"version https://git-lfs.github.com/spec/v1\noid"), ("evil", None), ("swapped", (model / "sr.safetensors").read_bytes()),
                           ("unlike", (model / "low.safetensors").read_bytes()), ("torn", None)):
         (tmp_path / name).mkdir()
@@ -240,6 +242,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
     cases = [(["--guidance", "nan"], "--guidance nan"), (["--low-steps", "0"], "--low-steps 0"), (["--seed", "-1"], "--seed"), (["--guidance-interval", "0.8", "0.2"], "FROM <= TO"), (["--slab", "-2"], "--slab"), (["--samples", "0"], "--samples"),
              (["--report", tmp_path / "empty.txt"], "no words"), (["--report", tmp_path / "binary.txt"], "UTF-8"), (["--report", tmp_path / "none.txt"], "none.txt"),
              (["--prompt", "a", "--report", tmp_path / "empty.txt"], "one text"), (["--airway", tmp_path / "none.nii"], "no such file"), (["--out", tmp_path / "there"], "--overwrite"), (["--out", tmp_path / "there", "--overwrite"], "is no sample"),
+             (["--out", tmp_path / "more", "--overwrite"], "heart.nii.gz besides"),
              (["--center", "nan", 0, 0], "three finite numbers"), (["--report", ""], "no name of a file"), (["--device", "cpu:x"], "--device cpu:x"),
              (["--model", tmp_path / "unlike"], "stage 1 makes 8^3, stage 2 64^3"), (["--model", tmp_path / "torn"], "do not fit"), (["--model", tmp_path / "listed"], "refused"), (["--model", tmp_path / "numbered"], "refused"),
              (["--ct", airway, "--airway", airway], "leave the masks out"), (["--ct", airway], "Hounsfield"), (["--model", tmp_path / "none"], "no such folder"),

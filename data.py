@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 CHANNELS = ("ct", "lobe", "airway", "vessel")
 MASKS = CHANNELS[1:]
@@ -219,10 +220,10 @@ def load_channel(name, path):
     labels, top = np.unique(array), 5 if name == "lobe" else 1
     if name != "lobe" and len(labels) == 2 and labels[0] == 0:
         array, labels = (array > 0).astype(np.float32), np.array([0, 1])  # {0,255} and the like
-    if name == "lobe" and labels[-1] == 14 and set(labels) <= {0, 10, 11, 12, 13, 14}:
+    if name == "lobe" and labels[-1] >= 10 and set(labels) <= {0, 10, 11, 12, 13, 14}:
         array, labels = np.where(array > 0, array - 9, 0), np.array([0, 5])  # TotalSegmentator's lobes are lungmask's + 9
     if labels[-1] == 0:
-        raise ValueError(f"{path}: the {name} mask is empty; a structure is needed; leave the option out instead")
+        raise ValueError(f"{path}: the {name} mask is empty; a structure is needed; segment it again (sample.py does without masks)")
     if (labels != np.rint(labels)).any() or labels[0] < 0 or labels[-1] > top:
         raise ValueError(f"{path}: {name} values {labels[0]:g} to {labels[-1]:g}; labels 0..{top} are needed; threshold or relabel it")
     return array, affine
@@ -250,6 +251,10 @@ def to_model(paths, grid, center=None):
         out[name] = np.rint(a.clip(-1024, 3071)).astype(np.int16) if name == "ct" else np.rint(a).astype(np.uint8)
         if name != "ct" and not out[name].any():
             raise ValueError(f"{paths[name]}: no voxel of it lies in the field of view around {np.round(center)}; it belongs to another place; pass --center")
+        if name == "lobe":
+            inside = (out[name] > 0).sum() * np.prod(FOV) / grid**3 / ((array > 0).sum() * abs(np.linalg.det(affine[:3, :3])))
+            if inside < 0.97:                                            # less is rounding on the coarser grid
+                print(f"warning: {paths[name]}: {1 - inside:.0%} of the lungs lie outside the field of view, {' x '.join(f'{f:g}' for f in FOV[::-1])} mm", file=sys.stderr)
     return out, tuple(float(c) for c in center)
 
 
@@ -415,7 +420,7 @@ def pyplot():
 
 
 def picture(path, volumes, titles, caption=""):
-    """Rows of axial, coronal and sagittal mid-planes, HU [-1024,600], masks outlined: lobes yellow, airway cyan, vessels red.
+    """Rows of axial, coronal and sagittal planes through the middle of the airway (without one, of the volume), HU [-1024,600], masks outlined: lobes yellow, airway cyan, vessels red.
 
     volumes: list of (4,D,H,W) in [-1,1]   titles: one a row.   Radiological view: the patient's right is on the left.
     """
@@ -424,7 +429,7 @@ def picture(path, volumes, titles, caption=""):
     for row, x, title in zip(axes, volumes, titles):
         x = np.asarray(x, np.float32)
         _, D, H, W = x.shape
-        air = np.argwhere(x[2] > 0)                                      # planes through the carina, where there is one
+        air = np.argwhere(x[2] > 0)
         d, h, w = (int(np.median(air[:, 0])), int(np.median(air[:, 1])), W // 2) if len(air) else (D // 2, H // 2, W // 2)
         aspects = [(FOV[1] / H) / (FOV[2] / W), (FOV[0] / D) / (FOV[2] / W), (FOV[0] / D) / (FOV[1] / H)]
         planes = [x[:, d, ::-1], x[:, ::-1, h], x[:, ::-1, :, w][..., ::-1]]   # anterior up; superior up; anterior left
@@ -473,6 +478,21 @@ def check(args):
     print(f"{args.folder}: {len(folders)} cases, all sound")
 
 
+def export(args):
+    """Case folders -> folders of NIfTI, on the model's grid, such as evaluate.py reads: real volumes to set samples beside."""
+    folders, out = cases(args.folder), Path(args.out)
+    if not folders:
+        raise ValueError(f"{args.folder}: no cases in it; a folder of case folders is needed; check the path")
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; nothing is replaced silently; choose another")
+    for case in tqdm(folders, leave=False):
+        center = json.loads((case / "case.json").read_text()).get("center_ras_mm", (0, 0, 0))    # phantoms have none: they are nowhere
+        (out / case.name).mkdir(parents=True)
+        for c in CHANNELS:
+            save_nifti(out / case.name / f"{c}.nii.gz", np.load(case / f"{c}.npy"), center)
+    print(f"wrote {len(folders)} cases to {out}")
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     sub = p.add_subparsers(dest="command", required=True)
@@ -486,6 +506,10 @@ def main(argv=None):
     q = sub.add_parser("check", help="validate a folder of cases", allow_abbrev=False)
     q.add_argument("folder")
     q.set_defaults(run=check)
+    q = sub.add_parser("export", help="case folders -> NIfTI on the model's grid", allow_abbrev=False)
+    q.add_argument("folder")
+    q.add_argument("--out", required=True, metavar="FOLDER", help="gets one folder a case, with ct, lobe, airway and vessel .nii.gz")
+    q.set_defaults(run=export)
     args = p.parse_args(argv)
     with exits():
         if not np.isfinite(getattr(args, "center", None) or 0).all():

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import FOV, LOBES, choose_device, encode, exits, grid_affine, load_channel, load_nifti, pyplot, read_report, resample, write_atomic
+from data import FOV, LOBES, MASKS, choose_device, encode, exits, grid_affine, load_channel, load_nifti, pyplot, read_report, resample, write_atomic
 
 # A structure's file names, ours first, then TotalSegmentator's or what may stand in.
 FILES = {"ct": ["ct"], "lobe": ["lobe"], "vessel": ["vessel", "lung_vessels"], "airway": ["airway", "lung_trachea_bronchia"], "heart": ["heart"],
@@ -153,6 +153,11 @@ def measure(command, case, segment):
 UNITS = {"airway": "mm3", "effusion": "mL", "laa": "percent", "ctr": "ratio"}
 
 
+def spread(values):
+    """Standard deviation of a sample; 0 of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 def measures(args):
     """A measurement of every case of one or more folders.   -> rows for the CSV"""
     groups = [[(c.name, measure(args.command, c, args.segment)) for c in tqdm(case_folders(f), desc=str(f), leave=False)] for f in args.folders]
@@ -160,7 +165,7 @@ def measures(args):
     print(f"{'folder':32} {'n':>4} {'mean':>10} {'sd':>10} {'median':>10}   {args.command}, {UNITS[args.command]}")
     for folder, group in zip(args.folders, groups):
         v = np.array([value for _, value in group])
-        print(f"{folder:32} {len(v):4d} {v.mean():10.4g} {v.std(ddof=1) if len(v) > 1 else 0:10.4g} {np.median(v):10.4g}")
+        print(f"{folder:32} {len(v):4d} {v.mean():10.4g} {spread(v):10.4g} {np.median(v):10.4g}")
     if len(groups) == 2 and min(map(len, groups)) > 1:
         from scipy.stats import ttest_ind
         (high, a), (low, b) = sorted(zip(args.folders, ([value for _, value in g] for g in groups)), key=lambda g: -np.mean(g[1]))
@@ -179,9 +184,15 @@ def compare(args):
     left_out = sorted({name for there in folders for name in there} - set(shared))
     if left_out:
         print(f"warning: {len(left_out)} case(s) left out, which are not in every folder: {', '.join(left_out[:3])}", file=sys.stderr)
+    every = [there[name] for there in folders for name in shared]
+    structures = [name for name in MASKS if all(any(file_of(case, n) for n in FILES[name]) for case in every)]
+    if not structures:
+        raise ValueError(f"{', '.join(args.folders)}: no airway, lobe or vessel mask that every case has; a structure is compared where all have it; add the missing masks")
+    if len(structures) < len(MASKS):
+        print(f"warning: only {', '.join(structures)} compared; not every case has the other masks", file=sys.stderr)
     for seg, theirs in zip(args.folders[1:], folders[1:]):
         for case in (folders[0][name] for name in shared):
-            for name in ("airway", "lobe", "vessel"):
+            for name in structures:
                 ref, affine = read(case, name)
                 got, its = read(theirs[case.name], name)
                 if got.shape != ref.shape or not np.allclose(its, affine, atol=1e-3):
@@ -194,7 +205,7 @@ def compare(args):
     print(f"{'':14}" + "".join(f"{seg[-24:]:>26}" for seg in args.folders[1:]))
     values = {(seg, n): [r["value"] for r in rows if r["folder"] == seg and r["measure"] == n] for seg in args.folders[1:] for n in names}
     for n in names:
-        print(f"{n:14}" + "".join(f"{np.mean(values[seg, n]):18.3f} ± {np.std(values[seg, n]):.3f}" for seg in args.folders[1:]))
+        print(f"{n:14}" + "".join(f"{np.mean(values[seg, n]):18.3f} ± {spread(values[seg, n]):.3f}" for seg in args.folders[1:]))
     return rows
 
 
@@ -414,7 +425,7 @@ def prompts(args):
                 write_atomic(record, json.dumps(asked).encode())
                 sample.main(asked)
             values = [measure(command.strip(), case, args.segment) for case in case_folders(out)]
-            print(f"{command.strip() + ', ' + UNITS[command.strip()]:20}{text.strip()[:62]:64}{len(values):4d}{np.mean(values):10.3g} ± {np.std(values):.3g}")
+            print(f"{command.strip() + ', ' + UNITS[command.strip()]:20}{text.strip()[:62]:64}{len(values):4d}{np.mean(values):10.3g} ± {spread(values):.3g}")
             rows += [dict(folder=str(out), case=text.strip(), measure=command.strip(), value=v, unit=UNITS[command.strip()]) for v in values]
     return rows
 
@@ -475,7 +486,7 @@ def augment(args):
     rows = []
     for title, extra, extra_y in (("real", x[:0], y[:0]), ("real + synthetic", xs, ys)):
         scores = [classify(torch.cat([x[fold != k], extra]), torch.cat([y[fold != k], extra_y]), x[fold == k], y[fold == k], len(names), args.seed + k) for k in range(5)]
-        mean, sd = np.mean(scores, 0), np.std(scores, 0)
+        mean, sd = np.mean(scores, 0), np.std(scores, 0, ddof=1)
         print(f"{title:18} accuracy {mean[0]:.1%} ± {sd[0]:.1%}   F1 {mean[1]:.3f} ± {sd[1]:.3f}")
         rows += [dict(folder=title, case=f"fold {k}", measure=m, value=v, unit="1") for k, s in enumerate(scores) for m, v in zip(("accuracy", "F1"), s)]
     return rows
@@ -506,7 +517,8 @@ def main(argv=None):
     q.add_argument("--n", type=int, default=32, help="samples a prompt (the paper: 32)")
     q.add_argument("--out", default="out/prompts"), q.add_argument("--model")
     q.add_argument("--options", default="", help='further options of sample.py, such as --options="--stop-at-low --solver dpm --low-steps 20": stage 1 alone, quickly')
-    q.add_argument("--segment", default="phantom", choices=("none", "phantom", "totalseg"))
+    q.add_argument("--segment", default="phantom", choices=("none", "phantom", "totalseg"),
+                   help="how to make masks that are not sampled: phantom, the default, by thresholds that mean something for networks trained on phantoms alone; totalseg for those trained on patients")
     q = command("phantoms", phantoms, help="the measurers against the truth of fresh phantoms")
     q.add_argument("--n", type=int, default=100), q.add_argument("--grid", type=int, default=128), q.add_argument("--seed", type=int, default=90000)
     q = command("augment", augment, help="5-fold classification with and without synthetic samples")

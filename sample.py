@@ -146,6 +146,7 @@ def tidy_lobes(x):
 def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=()):
     """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume   text: (1,N,width) or None
     known: (1,4,G,G,G) clean channels on the full grid, of which `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
+    args: device, amp, slab, solver, low_steps, sr_steps, guidance, guidance_interval, agree, tidy as on the command line, and clean: {stage: `trained_given`}
 
     All noise comes from one CPU generator of the seed, so it does not depend on the device.
     """
@@ -166,7 +167,8 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
         if args.slab:
             low_net.cpu()                                                # its weights would take the memory that is to be saved
         if sr_net is not None:
-            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, 2 if args.solver == "dpm" else 1), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree, progress=bar("super-resolution"), **options)
+            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree,
+                            progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
     x, lobe = x[0].float(), CHANNELS.index("lobe")
@@ -201,7 +203,8 @@ def sample(args):
     if args.ct and len(paths) > 1:
         raise ValueError(f"--ct with {', '.join('--' + c for c in paths if c != 'ct')}; a given CT is segmented; leave the masks out")
     out = Path(args.out)
-    names = [(f"{name}_{i:02d}" if args.samples > 1 else name, text, args.seed + i) for name, text in texts for i in range(args.samples)]
+    names = [(f"{name}_{i:02d}" if args.samples > 1 else name, text, args.seed + j * args.samples + i)
+             for j, (name, text) in enumerate(texts) for i in range(args.samples)]
     if len({name for name, _, _ in names}) < len(names):
         raise ValueError(f"reports of one name: {sorted(n for n, _ in texts)}; every sample needs its own folder; rename the files")
     there = [str(out / name) for name, _, _ in names if (out / name).exists()]

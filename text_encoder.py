@@ -32,9 +32,10 @@ Report = namedtuple("Report", "subject findings impression")
 # --- reports and their two sections ---
 
 def split_sections(text):
-    """'Findings: ... Impression: ...' -> (findings, impression) without the headings; a plain prompt -> (prompt, '')."""
-    findings, *impression = re.split(r"\bimpressions?\s*:", text, maxsplit=1, flags=re.I)
-    findings = re.sub(r"^\s*findings?\s*:", "", findings, flags=re.I)
+    """'Findings: ... Impression: ...' -> (findings, impression) without the headings and what stands before them (history, technique);
+    a plain prompt -> (prompt, '')."""
+    findings, *impression = re.split(r"\b(?:impression|conclusion)s?\s*:", text, maxsplit=1, flags=re.I)
+    findings = re.split(r"(?:^|[.\n])\s*findings?\s*:", findings, maxsplit=1, flags=re.I)[-1]
     return " ".join(findings.split()), " ".join(" ".join(impression).split())
 
 

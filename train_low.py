@@ -65,7 +65,7 @@ class Common:
     clip: float = arg(1.0, "largest gradient norm")
     windows: float = arg(0.0, "weight of the CT's error seen in narrow windows of HU, where faint differences show (diffusion.window_loss); 0 is the paper's")
     bullae: float = arg(0.0, "with --windows: how much more a voxel of empty lung counts there, of which there are few; 0 is the paper's")
-    given: float = arg(0.0, "share of samples in which the CT (half of them), or some masks (none of them in an eighth), are shown without noise, as fixed ones are then while sampling; 0 is the paper's")
+    given: float = arg(0.0, "share of samples in which the CT (in half of these) or a random choice of the masks (in the other half) are shown without noise, as fixed ones are then while sampling; 0 is the paper's")
     ema: float = arg(0.999, "decay of the running average; released code")
     ema_every: int = arg(1, "steps between its updates; released code")
     ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
@@ -92,7 +92,7 @@ class Config(Common):
     warm_up: int = arg(1200, "with --pooled: steps in which the pooling learns to read, before the network hears it")
     kind: ClassVar = "low"
     validated: ClassVar = dict(windows=0.0, given=0.0)
-    presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(patch=2, lr=8e-4, cool=1.0, steps=1300, ema_start=150, warm_up=0)}
+    presets: ClassVar = {"paper": {}, "demo": DEMO, "demo-256": DEMO | dict(patch=2, lr=8e-4, cool=1.0, steps=1300, ema_start=150)}
 
 
 FREE = {"data", "out", "init", "device", "amp", "steps", "micro", "checkpointing", "compile", "zero", "lr", "cool", "late", "windows", "bullae", "augment", "ema", "ema_every", "ema_start",
@@ -276,8 +276,10 @@ def ignore_signals(_):
 
 @torch.no_grad()
 def validate(cfg, net, dataset, loss_fn, device):
-    """Mean of eq. 9 or 10 over the held-out cases, each at 4 fixed draws of t and noise, with `cfg.validated` for whatever the
-    training has, so that runs of the same --seed, --late, --drop and --crop compare, which decide the draws.   -> float"""
+    """Eq. 9 or 10, the mean over the held-out cases at 4 fixed draws of t and noise each, for the averaged weights.   -> float
+    Options that change the training's loss are set to the values of `cfg.validated`, so that runs compare if their --seed, --late, --drop and --crop,
+    which decide the draws, are the same. With --windows, --given or --augment it is therefore another measure than the training's loss.
+    """
     cfg, total = replace(cfg, **cfg.validated), 0.0
     for item in range(4 * len(dataset)):
         batch = [torch.as_tensor(x)[None].to(device) for x in dataset[item]]
@@ -298,7 +300,10 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         opt = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, **adamw)
     else:
         opt = torch.optim.AdamW(net.parameters(), **adamw)
-    step, state = 0, load_checkpoint(out, cfg)
+    step, state, names = 0, load_checkpoint(out, cfg), [folder.name for folder in dataset.folders]
+    if state and state.get("cases", names) != names:
+        raise ValueError(f"{cfg.data}: {len(names)} cases to train on, which are not the {len(state['cases'])} that {out} began with; their order and those held out would change; "
+                         "put the same cases there, or begin anew in another --out with --init")
     if state:
         step = state["step"]
         net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
@@ -362,7 +367,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         if saving and cfg.zero and world > 1:
             gather_shares(opt, rank, world)
         if rank == 0 and saving:
-            save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
+            save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), cases=names, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
             export(out / f"{cfg.kind}.safetensors", cfg, ema, dataset.grid, step, len(dataset))
             append_log(out / "loss.csv", rows, step)
         if rank == 0 and shown:

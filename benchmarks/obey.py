@@ -118,11 +118,11 @@ def compare(rows):
     sides = np.concatenate([pick("left", effusion="left") > pick("right", effusion="left"), pick("right", effusion="right") > pick("left", effusion="right")])
     small_heart, large_heart = (pick("ctr", cardiomegaly=b) for b in (False, True))
     clean, bullous = (pick("laa", bullae=b) for b in (False, True))
+    ratios = {f"{name} ratio": b.mean() / a.mean() for name, a, b in (("effusion", none, large), ("laa", clean, bullous)) if a.mean() != 0}     # phantoms without an effusion have none at all
     return {"effusion none, mL": none.mean(), "effusion none, sd": none.std(ddof=1), "effusion large, mL": large.mean(), "effusion large, sd": large.std(ddof=1),
-            "effusion ratio": large.mean() / max(none.mean(), 1e-9), "effusion highest none, mL": none.max(), "effusion lowest large, mL": large.min(), "side right": sides.mean(),
+            "effusion highest none, mL": none.max(), "effusion lowest large, mL": large.min(), "side right": sides.mean(),
             "ctr normal": small_heart.mean(), "ctr cardiomegaly": large_heart.mean(), "ctr p": ttest_ind(large_heart, small_heart, equal_var=False, alternative="greater").pvalue,
-            "laa none, %": clean.mean(), "laa bullae, %": bullous.mean(), "laa ratio": bullous.mean() / max(clean.mean(), 1e-9),
-            "laa p": ttest_ind(bullous, clean, equal_var=False, alternative="greater").pvalue}
+            "laa none, %": clean.mean(), "laa bullae, %": bullous.mean(), "laa p": ttest_ind(bullous, clean, equal_var=False, alternative="greater").pvalue, **ratios}
 
 
 ASKED = {"effusion": lambda r: r["effusion_size"] or "none", "laa": lambda r: "bullae" if r["bullae"] else "none", "ctr": lambda r: "cardiomegaly" if r["cardiomegaly"] else "normal"}
@@ -225,9 +225,16 @@ def nearest(x, training):
     return np.sqrt(((x**2).sum(1)[:, None] + (training**2).sum(1) - 2 * x @ training.T).clip(0).min(1) / x.shape[1])
 
 
-def memory(model, n, folder):
-    folders = [c for c in cases(folder) if "_text" not in c.name]
-    training = np.stack([np.load(c / "low.npy")[0].ravel().astype(np.float32) for c in folders])
+def training_cts(folder, grid):
+    """The CTs of the training's low-resolution volumes.   -> (m,grid^3)"""
+    found = [np.load(c / "low.npy", mmap_mode="r")[0] for c in cases(folder) if "_text" not in c.name]
+    if not found or any(ct.shape != (grid,) * 3 for ct in found):
+        raise ValueError(f"--data {folder}: {len(found)} chests{f', {found[0].shape}' if found else ''}; the training's are needed, whose low-resolution volumes are {grid}^3; "
+                         "name their folder or leave `memory` out of --parts")
+    return np.stack([ct.ravel().astype(np.float32) for ct in found])
+
+
+def memory(model, n, training):
     held, made = [], []
     for i in tqdm(range(n), desc="memory", leave=False):
         case = phantom.make(model.args.seed + 4000 + i, SCALE * model.grid, "train")
@@ -280,6 +287,7 @@ def main(argv=None):
         model.order = 2 if args.solver == "dpm" else 1
         if model.sr is None and {"full", "anatomy", "segmentation", "detail"} & set(args.parts):
             raise ValueError(f"--model {args.model}: no stage-2 weights; these are measured too; train them with train_sr.py or pass --parts text memory reading")
+        training = training_cts(args.data, model.grid) if "memory" in args.parts else None      # complains now, not after hours
         store = args.out / "obey.json"
         found = json.loads(store.read_text()) if store.exists() else {}   # parts may be run one by one
         for part in (p for p in parts if p in args.parts):
@@ -292,7 +300,7 @@ def main(argv=None):
             elif part == "reading":                                       # last: it spoils the model's text encoder
                 table = reading(model, 300)
             elif part == "memory":
-                table = memory(model, args.n, args.data)
+                table = memory(model, args.n, training)
             else:
                 table = {"anatomy": anatomy, "segmentation": segmentation, "detail": detail}[part](model, args.n_full)
             found[part] = dict(table=table, step=model.step, arguments={k: v for k, v in vars(args).items() if k != "out"})

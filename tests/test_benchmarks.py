@@ -84,6 +84,14 @@ def test_obedience_is_what_the_paper_compares():
     swapped = [(r, {**m, "left": m["right"], "right": m["left"], "ctr": 0.5 + 1e-3 * (i % 7)}) for i, (r, m) in enumerate(good)]
     got = obey.compare(swapped)
     assert got["side right"] == 0 and got["ctr p"] > 0.01
+    none = [(r, {**m, "effusion": m["effusion"] if r["effusion"] != "none" else 0.0}) for r, m in good]
+    assert "effusion ratio" not in obey.compare(none)                    # a ratio to nothing
+
+
+def test_distances_are_taken_from_the_training_of_that_grid(phantoms):
+    assert obey.training_cts(phantoms, 8).shape == (5, 512)
+    with pytest.raises(ValueError, match=r"5 chests, \(8, 8, 8\); .* are 64\^3"):
+        obey.training_cts(phantoms, 64)
 
 
 def test_a_copy_has_no_distance():

@@ -148,6 +148,35 @@ def test_prepare_writes_a_case_that_check_finds_sound(tmp_path, capsys):
     assert np.abs(np.array(center) - data.box_center(L, AFFINE)).max() < 1e-4   # the lobes' middle
 
 
+def test_export_gives_the_case_back_where_it_came_from(tmp_path, capsys):
+    case = prepared(tmp_path)
+    data.main(["export", str(case.parent), "--out", str(tmp_path / "real")])
+    for c in data.CHANNELS:                                              # on the model's grid, so the same grid gives the same voxels
+        arrays, _ = to_model({c: tmp_path / f"real/a/{c}.nii.gz"}, 32)
+        assert np.array_equal(arrays[c], np.load(case / f"{c}.npy")), c
+    there = nibabel.load(tmp_path / "real/a/lobe.nii.gz")
+    assert np.abs(centroid(np.asarray(there.dataobj), there.affine) - centroid(L, AFFINE)).max() < 5      # half a voxel
+    with pytest.raises(SystemExit) as e:
+        data.main(["export", str(case.parent), "--out", str(tmp_path / "real")])
+    assert e.value.code == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_lobes_of_totalsegmentator_are_read_when_one_is_gone(tmp_path):
+    for gone in (14, 12):
+        labels = np.repeat(np.array([n for n in (0, 10, 11, 12, 13, 14) if n != gone], np.uint8), 20).reshape(5, 4, 5)
+        array, _ = data.load_channel("lobe", nifti(tmp_path / "lobe.nii.gz", labels))
+        assert np.array_equal(array, np.where(labels > 0, labels.astype(int) - 9, 0))
+
+
+def test_lungs_beyond_the_field_of_view_are_told(tmp_path, capsys):
+    tall = np.zeros((20, 20, 100), np.uint8)
+    tall[5:15, 5:15, 2:98] = 1
+    for voxel, told in ((2.5, ""), (4.0, "% of the lungs lie outside the field of view, 316 x 316 x 292 mm")):      # 240 and 384 mm tall
+        to_model({"lobe": nifti(tmp_path / "tall.nii.gz", tall, np.diag([voxel, voxel, voxel, 1]))}, 64)
+        err = capsys.readouterr().err
+        assert told in err and bool(told) == bool(err)
+
+
 @pytest.mark.parametrize("harm, words", [(lambda c: (c / "low.npy").unlink(), "low.npy missing"), (lambda c: (c / "ct.npy").write_bytes(b"x"), "unreadable"),
                                          (lambda c: np.save(c / "airway.npy", np.full((32,) * 3, 7, np.uint8)), "labels are wrong"),
                                          (lambda c: np.save(c / "low.npy", np.zeros((4, 8, 8, 8), np.float16)), "every fourth voxel"),

@@ -193,6 +193,10 @@ def test_dice_command_resamples_and_is_one_with_itself(folders, tmp_path, monkey
     shutil.rmtree(gone)                                                  # both segmentations are then judged without it
     evaluate.main(["dice", str(folders / "well"), str(folders / "well"), str(tmp_path / "other")])
     assert len(list(csv.DictReader(open("dice.csv")))) == 2 * 2 * 8
+    kept = sorted((tmp_path / "other").iterdir())[0]
+    (kept / "vessel.nii.gz").unlink()
+    evaluate.main(["dice", str(folders / "well"), str(tmp_path / "other")])
+    assert {r["measure"] for r in csv.DictReader(open("dice.csv"))} == {"dice airway", "dice lobe", *(f"dice {n}" for n in data.LOBES)}
     assert f"1 case(s) left out, which are not in every folder: {gone.name}\n" in capsys.readouterr().err
 
 

@@ -116,6 +116,8 @@ def test_losses_are_the_formulas_of_their_docstrings():
 @pytest.mark.parametrize("text, sections", [
     ("Findings: Clear  lungs.\nImpression: Normal.", ("Clear lungs.", "Normal.")),
     ("FINDINGS: Clear. IMPRESSION:\n1. Normal.", ("Clear.", "1. Normal.")),
+    ("History: Cough.\nTechnique: CT.\n Findings: Clear.\nConclusion: Normal.", ("Clear.", "Normal.")),
+    ("No other findings: clear.", ("No other findings: clear.", "")),
     ("Large effusion on the left.", ("Large effusion on the left.", ""))])
 def test_sections_are_found_by_their_headings(text, sections):
     assert te.split_sections(text) == sections

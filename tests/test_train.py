@@ -168,6 +168,20 @@ def test_wrong_input_is_one_line_and_code_2(phantoms, tmp_path, capsys):
     assert code == 2 and "multiple of 64, or lower --levels" in err     # 8^3, halved four times
 
 
+def test_a_run_goes_on_with_the_cases_it_began_with(phantoms, tmp_path, capsys):
+    for case in cases(phantoms)[:4]:
+        os.symlink(case, tmp_path / case.name)
+    low(tmp_path, tmp_path / "run", "--steps", 1)
+    before = (tmp_path / "run/last.pt").read_bytes()
+    os.symlink(cases(phantoms)[4], tmp_path / "phantom_9")               # the last by name: it would be held out, what was held out trained on
+    capsys.readouterr()
+    code, err = fails(capsys, *TINY, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 2)
+    assert code == 2 and "4 cases to train on, which are not the 3" in err and (tmp_path / "run/last.pt").read_bytes() == before
+    (tmp_path / "phantom_9").unlink()
+    low(tmp_path, tmp_path / "run", "--steps", 2)
+    assert weights(tmp_path / "run")["step"] == 2
+
+
 def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(phantoms, tmp_path, capsys, monkeypatch):
     low(phantoms, tmp_path / "a", "--steps", 2)
     before = weights(tmp_path / "a")

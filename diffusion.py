@@ -32,8 +32,9 @@ def q_sample(x0, t, eps):
 
 
 def choose_given(v, share):
-    """Which channels a training sample shows without noise, as if they were fixed (sec. 4.4): in a `share` of the samples, half of them the CT alone,
-    which is then segmented, half of them masks: none, one, two or three alike often. Not in the paper, whose network always sees known anatomy under noise.
+    """Which channels a training sample shows without noise, as fixed ones are then while sampling (sec. 4.4): with probability share / 2 the CT alone, so that
+    masks are found in it; with probability share / 2 a random set of 0, 1, 2 or 3 masks, each size equally often; else none.
+    Not in the paper, whose network always sees known anatomy under noise.
 
     v: (B,4) uniform in [0,1]   -> (B,4) bool
     """

@@ -572,8 +572,8 @@ def write_one(job):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--out", type=Path, default=Path("data/train"), help="folder for the cases")
-    p.add_argument("--n", type=int, default=512, help="number of cases; those already there are kept")
-    p.add_argument("--seed", type=int, default=0, help="case i is made from seed + i")
+    p.add_argument("--n", type=int, default=512, help="number of chests, or with --reports of reports; chests already there are kept")
+    p.add_argument("--seed", type=int, default=0, help="chest i is made from seed + i")
     p.add_argument("--grid", type=int, default=256 if torch.cuda.is_available() else 128, help="voxels a side: 256, the paper's, where there is a GPU; else 128")
     p.add_argument("--texts", type=int, default=1, help="reports of each chest, every one a case whose arrays are shared on disk; every second of the further ones is short, as a prompt")
     p.add_argument("--wording", default="train", help="report sentences: train, or held-out to test generalisation")

@@ -102,9 +102,16 @@ FREE = {"data", "out", "init", "device", "amp", "steps", "micro", "checkpointing
 def parse(config, doc, argv=None):
     """The command line of a Config: one option a field, the preset's values as defaults."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def by_preset(f):
+        values = {name: preset.get(f.name, f.default) for name, preset in config.presets.items()}
+        if len(set(values.values())) > 1:
+            return f" ({', '.join(f'{name} {value}' for name, value in values.items())})"
+        return "" if f.default in (None, "") else f" (default {f.default})"
+
     for f in fields(config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        p.add_argument("--" + f.name, default=f.default, help=f"{f.metadata['help']} (default {f.default!r}, demo {config.presets['demo'].get(f.name, f.default)!r})", **kind)
+        p.add_argument("--" + f.name, default=f.default, help=f.metadata["help"] + by_preset(f), **kind)
     first = p.parse_args(argv)
     device = choose_device(first.device)
     preset = first.preset or ("paper" if device.startswith("cuda") else "demo")
@@ -148,7 +155,7 @@ def low_loss(cfg, net, batch):
     keys, x0, text = batch
     t, u, eps, v = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # u < cfg.drop drops the text: not of these, unless late > 1 - drop
-    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=choose_given(v[:, :4], cfg.given), windows=cfg.windows, bullae=cfg.bullae)
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=choose_given(v[:, :4], cfg.given) if cfg.given else None, windows=cfg.windows, bullae=cfg.bullae)
 
 
 def low_samples(cfg, net, dataset, device, n=2):

@@ -59,8 +59,8 @@ def sr_net(cfg, dataset):
 
 
 def misplace(masks, by):
-    """Masks of a low-resolution volume that lie elsewhere, as stage 1 errs: lobes inside the lung only, so that its outline stays.
-
+    """Masks of a low-resolution volume moved about as if stage 1 had put them elsewhere; lobes inside the lung only, so that its outline stays.
+    Not in the paper.
     masks: (B,3,D,H,W) lobe, airway, vessel, on the full grid   by: (B,3,n,n,n) voxels of the low grid along D, H, W, interpolated between the n^3 places
     -> (B,3,D,H,W)
     """
@@ -74,8 +74,9 @@ def misplace(masks, by):
 
 
 def sr_loss(cfg, net, batch):
-    """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input. Where the CT is given, it shows the structures
-    better than stage 1 knows them, and the low-resolution masks are misplaced by up to 4 of their voxels, that the network looks for them."""
+    """Eq. 10 for a batch (k, x0 (B,4,d,h,w), low (B,4,d,h,w)), with noise on the low-resolution input. Where the CT is given,
+    the low-resolution masks are misplaced by up to 4 of their voxels, so that the network learns to find structures in the CT, which shows them better,
+    instead of copying masks."""
     keys, x0, low = batch
     t, u, eps, v = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
     given = None

@@ -237,7 +237,7 @@ class Round(nn.Module):
 
 
 class Down(nn.Module):
-    """slice Block -> slice Block (the skip) -> halve H and W -> volume Block.   Depth is kept."""
+    """slice Block -> slice Block (the skip) -> halve H and W -> volume Block.   Depth is kept. Holds the layers; UNet3D.forward calls them."""
 
     def __init__(self, cin, cout, time_dim, last):
         super().__init__()
@@ -247,7 +247,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """slice Block -> slice Block -> volume Block -> double H and W."""
+    """slice Block -> slice Block -> volume Block -> double H and W.   Holds the layers; UNet3D.forward calls them."""
 
     def __init__(self, cin, cout, time_dim, last):
         super().__init__()
@@ -290,6 +290,7 @@ class UNet3D(nn.Module):
         the head costs what it does on one voxel; the head sees whole cubes, and is at least as wide as the cubes that it makes. Not in the paper.
     checkpointing: "none"; "norms" recomputes norms and activations in the backward pass; "blocks" recomputes whole Blocks.
     net.slab = n: inference holds few whole tensors of the full resolution and makes the rest n slices at a time, to the same result.
+    Inputs: H and W are multiples of patch * 2^(levels - 1), D of patch; D is never halved.
     """
 
     def __init__(self, dim, in_channels=4, out_channels=4, heads=8, rounds=4, context_dim=768, tokens=192, levels=4,
@@ -335,6 +336,7 @@ class UNet3D(nn.Module):
         self.compiled = True
 
     def run(self, module, *inputs):
+        """The module's output, recomputed in the backward pass as `checkpointing` says."""
         norms = self.checkpointing == "norms"
         if not self.training or self.checkpointing == "none" or norms and (self.compiled or not isinstance(module, Block)):
             return module(*inputs)                                       # a compiled Block recomputes its norms unasked
@@ -348,6 +350,7 @@ class UNet3D(nn.Module):
         return self.run(block, x, temb)
 
     def join(self, *parts):
+        """Tensors side by side along the channels; with slabs they stay a list, joined slab by slab."""
         return list(parts) if self.slab else torch.cat(parts, dim=1)
 
     def forward(self, xt, t, context=None, drop=None):
@@ -399,8 +402,9 @@ class UNet3D(nn.Module):
 
 
 def folded(state, net):
-    """The weights of a network with patch 1, rewritten for `net`, the same with patch > 1: applied to cubes, it then equals the old one applied to the
-    means of the cubes. So a network trained on a small grid begins where it stood on one twice as large. Not in the paper.   state: name -> tensor   -> the same
+    """The weights of a network with patch 1, rewritten for `net`, the same one with patch > 1, so that it first makes of a volume what the old one makes of
+    the means over its cubes of patch^3 voxels. A network trained on a small grid goes on so on one twice as fine. Not in the paper.
+    state: name -> tensor   -> the same
     """
     cube, copies, channels = net.patch**3, len(net.head.norm1.weight) // net.dim, net.stem.in_channels
     new = dict(state)

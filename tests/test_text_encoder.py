@@ -153,6 +153,20 @@ def test_saved_model_encodes_as_it_did_and_trains_on(folder, encoder, tmp_path):
     assert torch.equal(te.load(tmp_path / "again", tokens=32).encode(TEXTS)[0], encoder.encode(TEXTS)[0])
 
 
+def test_the_layout_of_cxr_bert_loads_and_its_code_does_not_run(folder, encoder, tmp_path):
+    """As on the hub: a type of its own, a pickle of weights with heads that are not needed, vocab.txt, and Python files that ask to be run."""
+    bert, tokenizer = te.read_model(folder, 32, masked_words=True)
+    bert.config.save_pretrained(tmp_path)
+    torch.save({**bert.state_dict(), "cls_projection_head.dense.weight": torch.zeros(3, 3)}, tmp_path / "pytorch_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= dict(model_type="cxr-bert", architectures=["CXRBertModel"], projection_size=128, auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_text("\n".join(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(do_lower_case=True, tokenizer_class="CXRBertTokenizer", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert torch.equal(te.load(tmp_path, tokens=32).encode(TEXTS)[0], encoder.encode(TEXTS)[0]) and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["nowhere/at/all", "/nowhere", te.CXR_BERT])
 def test_missing_model_is_refused_and_never_a_tokenizer_of_five(name):
     with pytest.raises(ValueError, match="pass a local folder"):

@@ -42,6 +42,9 @@ def exits():
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as e:
         code = 2
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130                                                       # as the shell has it
+        print("stopped; what was finished is kept", file=sys.stderr)
     except (RuntimeError, OSError, MemoryError) as e:
         code = 1
         print(f"error: {type(e).__name__}: " + " ".join(str(e).split()), file=sys.stderr)
@@ -146,15 +149,18 @@ def load_nifti(path):
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a NIfTI (.nii or .nii.gz) is needed; check the path")
-    opener = gzip.open if path.name.endswith(".gz") else open
+    with open(path, "rb") as f:
+        opener = gzip.open if f.read(2) == b"\x1f\x8b" else open         # whatever its name says
     damage = (OSError, EOFError, ValueError, OverflowError, zlib.error, nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError,
               nibabel.orientations.OrientationError)
     try:
-        with opener(path, "rb") as f:
+        with opener(path, "rb") as f, nibabel.imageglobals.LoggingOutputSuppressor():
             header = nibabel.Nifti1Header.from_fileobj(f, check=True)    # without the voxels yet
+        shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
     except damage as e:
         raise ValueError(f"{path}: no readable NIfTI-1 header ({e}); a .nii or .nii.gz volume is needed; convert or copy it again") from None
-    shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+    if header["sform_code"] <= 0 and header["qform_code"] <= 0:          # nibabel would guess, and take the left for the right
+        raise ValueError(f"{path}: neither sform nor qform is set; which side is the left is not known; write an affine into the header")
     if len(shape) == 4 and shape[3] == 1:
         shape = shape[:3]
     if len(shape) != 3 or min(shape) < 2:
@@ -174,8 +180,9 @@ def load_nifti(path):
                 pass
         if len(raw) < need:
             raise EOFError(f"cut short, {len(raw)} bytes of {need}")
-        image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(raw))
-        array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])
+        with np.errstate(over="ignore"), nibabel.imageglobals.LoggingOutputSuppressor():       # what is too large becomes infinite, and is refused below
+            image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(raw))
+            array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])
     except damage as e:
         raise ValueError(f"{path}: damaged ({e}); the whole file is needed; copy it again") from None
     if not np.isfinite(array).all():
@@ -214,7 +221,7 @@ def load_channel(name, path):
     """A CT (HU) or mask NIfTI, checked for its kind.   -> array (X,Y,Z), affine"""
     array, affine = load_nifti(path)
     if name == "ct":
-        if array.min() >= 0 and array.max() <= 1 or array.max() - array.min() < 100:
+        if array.min() > -500 or array.max() - array.min() < 100:        # air is -1000
             raise ValueError(f"{path}: values {array.min():g} to {array.max():g}; a CT in Hounsfield units is needed; apply the rescale slope first")
         return array, affine
     labels, top = np.unique(array), 5 if name == "lobe" else 1
@@ -222,10 +229,12 @@ def load_channel(name, path):
         array, labels = (array > 0).astype(np.float32), np.array([0, 1])  # {0,255} and the like
     if name == "lobe" and labels[-1] >= 10 and set(labels) <= {0, 10, 11, 12, 13, 14}:
         array, labels = np.where(array > 0, array - 9, 0), np.array([0, 5])  # TotalSegmentator's lobes are lungmask's + 9
-    if labels[-1] == 0:
+    if labels[-1] == labels[0] == 0:
         raise ValueError(f"{path}: the {name} mask is empty; a structure is needed; segment it again (sample.py does without masks)")
     if (labels != np.rint(labels)).any() or labels[0] < 0 or labels[-1] > top:
         raise ValueError(f"{path}: {name} values {labels[0]:g} to {labels[-1]:g}; labels 0..{top} are needed; threshold or relabel it")
+    if name == "lobe" and labels[-1] < 3:
+        print(f"warning: {path}: labels up to {labels[-1]:g}, so the left lung alone (1 LUL, 2 LLL, 3 RUL, 4 RML, 5 RLL); a mask of both lungs is not one of lobes", file=sys.stderr)
     return array, affine
 
 
@@ -247,9 +256,10 @@ def to_model(paths, grid, center=None):
         center = box_center(array if "lobe" in volumes else np.ones(array.shape, bool), affine)
     A, out = grid_affine(grid, center), {}
     for name, (array, affine) in volumes.items():
-        a = resample(array, affine, A, (grid,) * 3, linear=name == "ct", fill=HU[0] if name == "ct" else 0)
+        fill = HU[0] if name == "ct" else 0
+        a = resample(array, affine, A, (grid,) * 3, linear=name == "ct", fill=fill)
         out[name] = np.rint(a.clip(-1024, 3071)).astype(np.int16) if name == "ct" else np.rint(a).astype(np.uint8)
-        if name != "ct" and not out[name].any():
+        if (out[name] == fill).all():
             raise ValueError(f"{paths[name]}: no voxel of it lies in the field of view around {np.round(center)}; it belongs to another place; pass --center")
         if name == "lobe":
             inside = (out[name] > 0).sum() * np.prod(FOV) / grid**3 / ((array > 0).sum() * abs(np.linalg.det(affine[:3, :3])))
@@ -266,7 +276,7 @@ def read_safetensors(path):
             state, about = {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("medsyn", "{}"))
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path}: not readable safetensors ({e}); an LFS pointer or a broken download looks so; check the path or fetch it again") from None
-    if about != {} and not (isinstance(about, dict) and {"kind", "args", "grid"} <= about.keys() and isinstance(about["args"], dict)):
+    if about != {} and not (isinstance(about, dict) and isinstance(about.get("args"), dict) and isinstance(about.get("grid"), int) and isinstance(about.get("provenance"), dict)):
         raise ValueError(f"{path}: describes itself as no network of this project; weights that a trainer wrote are needed; name another file")
     return state, about
 
@@ -305,25 +315,36 @@ def read_report(path):
     if not path.is_file() or path.stat().st_size > 1 << 20:
         raise ValueError(f"{path}: not a file of at most 1 MB; a report is plain text; check the path")
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()              # without the mark that some editors put first
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text; a report is plain text; save it as such") from None
-    if not any(c.isalpha() for c in text) or "\0" in text:
+    if not any(c.isalpha() for c in re.sub(r"\b(finding|impression|conclusion)s?\s*:", "", text, flags=re.I)) or "\0" in text:
         raise ValueError(f"{path}: no words in it; a report is plain text; write one, or leave the option out")
     return text
+
+
+def array_of(case, name):
+    """One array of a case folder, mapped. ValueError unless it is one."""
+    path = case / f"{name}.npy"
+    try:
+        a = np.load(path, mmap_mode="r")
+        if not isinstance(a, np.ndarray) or not a.size:
+            raise ValueError("no array, or an empty one")
+        return a
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f"{path}: not readable ({e}); a case is whole; run python data.py check {case.parent}") from None
 
 
 def faults(case):
     """What is wrong with one case folder, each with its mending.   -> list of str, empty when it is sound"""
     found, shapes = [], {}
     for name, dtype in dict(ct=np.int16, lobe=np.uint8, airway=np.uint8, vessel=np.uint8, low=np.float16, text=np.float16).items():
-        path = case / f"{name}.npy"
-        if not path.exists():
+        if not (case / f"{name}.npy").exists():
             found.append("text.npy missing: run text_encoder.py embed" if name == "text" else f"{name}.npy missing: prepare the case again")
             continue
         try:
-            a = np.load(path, mmap_mode="r")
-        except (ValueError, OSError, EOFError):
+            a = array_of(case, name)
+        except ValueError:
             found.append(f"{name}.npy unreadable: prepare the case again")
             continue
         shapes[name] = a.shape
@@ -343,6 +364,9 @@ def faults(case):
     elif "low" in shapes and shapes["low"] != (4,) + tuple(n // SCALE for n in grid):
         found.append(f"low.npy is {shapes['low']} for a grid of {grid}: prepare the case again")
     elif not found:
+        lung = np.median(np.load(case / "ct.npy")[np.load(case / "lobe.npy") > 0])
+        if lung > -100:
+            found.append(f"ct.npy has {lung:g} HU in the lungs (median), where air should be: check the rescale intercept, or the lobe mask")
         low = np.stack([encode(c, np.load(case / f"{c}.npy", mmap_mode="r")[::SCALE, ::SCALE, ::SCALE]) for c in CHANNELS])
         if not np.allclose(low, np.load(case / "low.npy"), atol=2e-3):
             found.append("low.npy is not every fourth voxel of the full arrays: prepare the case again")
@@ -356,7 +380,7 @@ def faults(case):
 def one_size(folders, names):
     """ValueError unless the arrays of each of these names have one shape in all cases."""
     for name in names:
-        shapes = {np.load(case / f"{name}.npy", mmap_mode="r").shape: case for case in folders}
+        shapes = {array_of(case, name).shape: case for case in folders}
         if len(shapes) > 1:
             raise ValueError(f"{' and '.join(f'{case}/{name}.npy is {shape}' for shape, case in list(shapes.items())[:2])}; "
                              "cases of one run are of one size; make them alike or move them to a folder of their own")
@@ -378,7 +402,7 @@ class Cases(Dataset):
                 way = f"python text_encoder.py embed {case.parent} --model runs/text" if "text" in lacking else f"python data.py check {case.parent}"
                 raise ValueError(f"{case}: no {', '.join(n + '.npy' for n in lacking)}; stage {2 if crop else 1} needs them; run {way}")
         one_size(folders, [n for n in ("low", "text") if n in need])
-        low = np.load(folders[0] / "low.npy", mmap_mode="r").shape[-1]
+        low = array_of(folders[0], "low").shape[-1]
         self.grid = low * SCALE if crop else low                         # edge of the whole volume that the stage makes
         if crop and max(crop) > self.grid:
             raise ValueError(f"crop {crop} is larger than the grid {self.grid}; a crop lies inside; choose --crop again")
@@ -440,8 +464,8 @@ def picture(path, volumes, titles, caption=""):
                 if plane[m].max() > levels[0] > plane[m].min():
                     ax.contour(plane[m], levels, colors=color, linewidths=0.6)
             ax.set_axis_off()
-            ax.set_title(f"{title}, {name}" if ax is row[0] else name, color="white", fontsize=8)
-    fig.text(0.01, 0.005, caption, color="white", fontsize=7)
+            ax.set_title(f"{title}, {name}" if ax is row[0] else name, color="white", fontsize=8, parse_math=False)      # a file's name may hold a $
+    fig.text(0.01, 0.005, caption, color="white", fontsize=7, parse_math=False)
     fig.tight_layout()
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100, facecolor="black"))
     plt.close(fig)
@@ -512,7 +536,7 @@ def main(argv=None):
     q.set_defaults(run=export)
     args = p.parse_args(argv)
     with exits():
-        if not np.isfinite(getattr(args, "center", None) or 0).all():
+        if not (np.abs(getattr(args, "center", None) or 0) < 1e6).all():
             raise ValueError(f"--center {' '.join(map(str, args.center))}; three finite numbers of mm are needed; change it")
         if getattr(args, "grid", SCALE) % SCALE or getattr(args, "grid", SCALE) < SCALE:
             raise ValueError(f"--grid {args.grid}; a positive multiple of {SCALE} is needed; use 256 or 128")

@@ -19,6 +19,7 @@ import csv
 import hashlib
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from data import FOV, LOBES, MASKS, choose_device, encode, exits, grid_affine, l
 # A structure's file names, ours first, then TotalSegmentator's or what may stand in.
 FILES = {"ct": ["ct"], "lobe": ["lobe"], "vessel": ["vessel", "lung_vessels"], "airway": ["airway", "lung_trachea_bronchia"], "heart": ["heart"],
          "thorax": ["thorax", "lung", "lobe"], "effusion": ["effusion", "pleural_effusion"], "lung": ["lung", "lobe"]}
+COLUMNS = ("folder", "case", "measure", "value", "unit")                                         # of the CSV with every single value
 TASKS = {"airway": "lung_vessels", "effusion": "pleural_pericard_effusion", "heart": "total"}    # TotalSegmentator's task for each
 
 
@@ -66,15 +68,21 @@ def read(case, name, segment="none"):
         return read(case, name)
     if path is None and segment == "phantom" and name != "ct":
         import phantom
-        (ct, affine), (lobe, _) = read(case, "ct"), read(case, "lobe")
-        if ct.shape != lobe.shape:
-            raise ValueError(f"{case}: CT {ct.shape}, lobe {lobe.shape}; one grid is needed; segment this very CT")
+        (ct, affine), (lobe, _) = one_grid(case, ct=read(case, "ct"), lobe=read(case, "lobe"))
         frame = lambda a: np.ascontiguousarray(a[::-1].transpose(2, 1, 0))   # RAS (x,y,z) <-> model (d,h,w): both are this
         masks = phantom.segment(frame(ct), frame(lobe), np.abs(np.diag(affine)[2::-1]))
         return masks[name].transpose(2, 1, 0)[::-1].astype(np.float32), affine
     if path is None:
         raise ValueError(f"{case}: no {FILES[name][0]}.nii.gz; this measurement needs it; segment the CT first" + (", or pass --segment totalseg" if name in TASKS else ""))
     return load_channel(name, path) if name in ("ct", "lobe") else load_nifti(path)
+
+
+def one_grid(case, **volumes):
+    """Volumes (array, affine) of a case by name, which must lie on one grid.   -> the volumes"""
+    (first, its), *others = volumes.values()
+    if any(a.shape != first.shape or not np.allclose(affine, its, atol=1e-3) for a, affine in others):
+        raise ValueError(f"{case}: {', '.join(f'{name} {a.shape}' for name, (a, _) in volumes.items())}, of different shapes or places; one grid is needed; segment this very CT")
+    return volumes.values()
 
 
 def totalsegmentator(case, task):
@@ -140,13 +148,9 @@ def measure(command, case, segment):
     if command == "effusion":
         return volume_mm3(*read(case, "effusion", segment)) / 1000
     if command == "laa":
-        (ct, _), (lung, _), (airway, _) = read(case, "ct"), read(case, "lung"), read(case, "airway", segment)
-        if not ct.shape == lung.shape == airway.shape:
-            raise ValueError(f"{case}: CT {ct.shape}, lung {lung.shape}, airway {airway.shape}; one grid is needed; segment this very CT")
+        (ct, _), (lung, _), (airway, _) = one_grid(case, ct=read(case, "ct"), lung=read(case, "lung"), airway=read(case, "airway", segment))
         return laa950(ct, lung, airway)
-    (heart, affine), (thorax, _) = read(case, "heart", segment), read(case, "thorax", segment)
-    if heart.shape != thorax.shape:
-        raise ValueError(f"{case}: heart {heart.shape}, thorax {thorax.shape}; one grid is needed; segment them from one CT")
+    (heart, affine), (thorax, _) = one_grid(case, heart=read(case, "heart", segment), thorax=read(case, "thorax", segment))
     return ctr(heart, thorax, affine)
 
 
@@ -215,7 +219,7 @@ def histogram(path, groups, label):
     fig, ax = plt.subplots(figsize=(6, 3.5))
     edges = np.histogram_bin_edges(np.concatenate([np.ravel(v) for v in groups.values()]), 20)
     for name, values in groups.items():
-        ax.hist(values, edges, alpha=0.5, density=True, label=f"{name} (n={len(values)})")
+        ax.hist(values, edges, alpha=0.5, density=True, label=f"{name} (n={len(values)})".replace("$", r"\$"))
     ax.set_xlabel(label), ax.set_ylabel("density"), ax.legend()
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100, bbox_inches="tight"))
     plt.close(fig)
@@ -234,7 +238,7 @@ def dots(path, rows):
             ax.plot([i] * len(values), values, "o", alpha=0.5)
             ax.plot([i - 0.2, i + 0.2], [np.mean(values)] * 2, "k-")
         ax.set_ylabel(unit)
-        ax.set_xticks(range(len(groups)), [f"{measure}\n{folder[-36:]}" for measure, folder in groups], rotation=60, ha="right", fontsize=7)
+        ax.set_xticks(range(len(groups)), [f"{measure}\n{folder[-36:]}" for measure, folder in groups], rotation=60, ha="right", fontsize=7, parse_math=False)
     write_atomic(path, lambda f: fig.savefig(f, format="png", dpi=100))
     plt.close(fig)
 
@@ -316,7 +320,10 @@ def features(folder, net, name, edge, device):
             known[key], new = net(ct.to(device))[0].cpu().numpy(), new + 1
         out.append(known[key])
     if new:
-        write_atomic(store, lambda f: np.savez(f, **known))
+        try:
+            write_atomic(store, lambda f: np.savez(f, **known))
+        except OSError as e:
+            print(f"warning: {store}: cannot be written ({e.strerror}); next time the features are computed anew", file=sys.stderr)
     return np.stack(out)
 
 
@@ -414,10 +421,10 @@ def prompts(args):
     for i, (command, *texts) in enumerate(lines):
         for j, text in enumerate(texts):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
-            asked = ["--prompt", text.strip(), "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else []), *args.options.split()]
+            asked = [f"--prompt={text.strip()}", "--samples", str(args.n), "--out", str(out), *(["--model", args.model] if args.model else []), *shlex.split(args.options)]
             record = out / "asked.json"
             made = list(out.glob("[!.]*/ct.nii.gz"))
-            if out.exists() and not (record.is_file() and json.loads(record.read_text()) == asked):
+            if out.exists() and not (record.is_file() and (not made or json.loads(record.read_text()) == asked)):
                 raise ValueError(f"{out}: exists, and was not asked for by this command, which may still run; samples are not replaced silently; choose another --out or remove {out}")
             if len(made) != args.n:                                      # none yet, or this command was interrupted
                 shutil.rmtree(out, ignore_errors=True)
@@ -444,8 +451,11 @@ class SmallCNN(nn.Sequential):
 
 def labelled(path):
     """CSV of `file,label` (files relative to it) -> (n,1,32,32,32) in [-1,1], (n,) labels as strings"""
-    with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:          # spreadsheets put a mark first
+            rows = list(csv.DictReader(f))
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: no CSV in UTF-8 ({e}); a line names a CT and its class; save it again") from None
     if not rows or not all(r.get("file") and r.get("label") for r in rows):
         raise ValueError(f"{path}: no columns file,label, or a line without one; a line names a CT and its class; mend it")
     small = lambda ct: F.interpolate(torch.from_numpy(encode("ct", ct))[None, None], (32, 32, 32), mode="trilinear")
@@ -525,13 +535,17 @@ def main(argv=None):
     q.add_argument("real", metavar="REAL.csv"), q.add_argument("synthetic", metavar="SYNTHETIC.csv"), q.add_argument("--seed", type=int, default=0)
     args = p.parse_args(argv)
     with exits():
+        if Path(args.csv) == Path(args.figure) or Path(args.csv).is_dir() or Path(args.figure).is_dir():
+            raise ValueError(f"--csv {args.csv}, --figure {args.figure}; two files are written; name them")
+        if Path(args.csv).exists() and not Path(args.csv).read_bytes().startswith(",".join(COLUMNS).encode()):
+            raise ValueError(f"--csv {args.csv}: exists and was not written by this program; nothing of others is replaced; choose another name")
         for path in (args.csv, args.figure):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         if args.command == "dice" and not 2 <= len(args.folders) <= 3:
             raise ValueError(f"{len(args.folders)} folders; dice takes a reference and one or two segmentations; name them")
         rows = args.run(args)
         text = io.StringIO()
-        writer = csv.DictWriter(text, ["folder", "case", "measure", "value", "unit"], lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader(), writer.writerows(rows)
         write_atomic(args.csv, text.getvalue().encode())
         if args.command not in UNITS:                                    # those draw distributions

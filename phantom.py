@@ -4,10 +4,10 @@ The anatomy is our own schematic, not from the paper: shapes are formulas in mm,
 """
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
@@ -540,7 +540,7 @@ def report_alone(seed, wording="train"):
 
 
 def write_one(job):
-    """Make and write the case (folders, seed, grid, wording); one argument, because Pool.imap passes one. The first folder gets the chest; the
+    """Make and write the case (folders, seed, grid, wording); The first folder gets the chest; the
     others get further reports of it beside links to its arrays: a network learns what words mean from many ways to say one thing."""
     folders, seed, grid, wording = job
     if folders[0].exists():
@@ -590,6 +590,8 @@ def main(argv=None):
         if args.wording not in SENTENCES:
             raise ValueError(f"--wording {args.wording}; wordings are {', '.join(SENTENCES)}; choose one of them")
         if args.reports:
+            if args.reports.exists() and not args.reports.read_bytes().startswith(b'{"subject": "alone_'):
+                raise ValueError(f"--reports {args.reports}: exists and was not written by this command; nothing of others is replaced; choose another name")
             lines = [json.dumps({"subject": f"alone_{args.seed + i}", "text": report_alone(args.seed + i, args.wording)}) for i in range(args.n)]
             args.reports.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(args.reports, ("\n".join(lines) + "\n").encode())
@@ -606,9 +608,13 @@ def main(argv=None):
                 raise ValueError(f"{folder}: is there already, of {edge}^3 voxels, not {args.grid}^3; cases of one folder are of one size; choose another --out or --grid {edge}")
         for path in [args.out] + ([args.picture.parent] if args.picture else []):
             path.mkdir(parents=True, exist_ok=True)
-        with multiprocessing.Pool(args.workers) as pool:
-            for _ in tqdm(pool.imap_unordered(write_one, todo), total=len(todo), unit="case", desc="phantoms"):
-                pass
+        with ProcessPoolExecutor(args.workers) as pool:                  # unlike multiprocessing.Pool it ends when a worker is killed
+            try:
+                for made in tqdm(as_completed([pool.submit(write_one, job) for job in todo]), total=len(todo), unit="case", desc="phantoms"):
+                    made.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         if args.picture:
             shown = [make(seed, grid, wording) for _, seed, grid, wording in jobs[:4]]
             picture(args.picture, [[encode(c, case[c]) for c in CHANNELS] for case in shown], [case["report"].split("Impression: ")[1] for case in shown])

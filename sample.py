@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, picture, read_report, read_safetensors, save_nifti, to_model, upsample)
+from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, fast_bfloat16, grid_affine, keep_memory, picture, read_report, read_safetensors, save_nifti,
+                  to_model, upsample)
 from diffusion import ddim_sample, times
 from unet3d import UNet3D, from_released
 
@@ -81,14 +82,14 @@ def reports(args):
     if args.prompt is not None and args.report:
         raise ValueError("--prompt and --report; one text a sample is needed; give one of them")
     if args.prompt is not None:
-        if not any(c.isalpha() for c in args.prompt):
-            raise ValueError(f"--prompt {args.prompt!r}; no words in it; write some, or leave the option out")
+        if not any(c.isalpha() for c in args.prompt) or any("\ud800" <= c <= "\udfff" for c in args.prompt):
+            raise ValueError(f"--prompt {args.prompt!r}; no words in it, or bytes that are no UTF-8; write some, or leave the option out")
         return [("prompt", args.prompt)]
     if "" in (args.report or []):
         raise ValueError("--report '': no name of a file; a report is a text file; check the variable that should hold it")
     files = []
     for path in map(Path, args.report or []):
-        files += sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        files += sorted(path.glob("[!.]*.txt")) if path.is_dir() else [path]
     if args.report and not files:
         raise ValueError(f"--report {' '.join(args.report)}: no *.txt in it; a report is a text file; check the folder")
     return [(f.stem, read_report(f)) for f in files] or [("ct" if args.ct else "sample", None)]
@@ -190,9 +191,14 @@ def write(folder, x, center, about, overwrite):
             save_nifti(part / f"{name}.nii.gz", decode(name, channel), center)
         picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"])
         (part / "sample.json").write_text(json.dumps(about, indent=1) + "\n")
-        if overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        if overwrite and folder.exists():
+            old = folder.with_name(f".{folder.name}.old")                # until the new one is there
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -207,16 +213,19 @@ def sample(args):
              for j, (name, text) in enumerate(texts) for i in range(args.samples)]
     if len({name for name, _, _ in names}) < len(names):
         raise ValueError(f"reports of one name: {sorted(n for n, _ in texts)}; every sample needs its own folder; rename the files")
-    there = [str(out / name) for name, _, _ in names if (out / name).exists()]
+    long = [name for name, _, _ in names if len(name.encode()) > 240]
+    if long:
+        raise ValueError(f"{long[0]}: a name of {len(long[0].encode())} bytes; 240 are possible for a folder; rename the report")
+    there = [str(out / name) for name, _, _ in names if os.path.lexists(out / name)]
     if there and not args.overwrite:
         raise ValueError(f"{', '.join(there)}: exists; samples are not replaced silently; pass --overwrite or another --out")
     for folder in map(Path, there):
-        if not (folder / "sample.json").is_file():
+        if folder.is_symlink() or not (folder / "sample.json").is_file():
             raise ValueError(f"{folder}: exists and is no sample; --overwrite replaces samples only; choose another --out")
         if more := sorted({f.name for f in folder.iterdir()} - WRITTEN):
             raise ValueError(f"{folder}: holds {', '.join(more[:3])} besides the sample; --overwrite would remove that too; move it away or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / ".writable").touch(), (out / ".writable").unlink()            # now, not after minutes of sampling
+    (out / ".writable").touch(), (out / ".writable").unlink(missing_ok=True)     # now, not after minutes of sampling
 
     if not args.slab:
         keep_memory()                                                    # speed for memory; the opposite is wanted there
@@ -260,13 +269,15 @@ def sample(args):
         for _, text in texts:
             contexts[text] = encoder.encode([text])[0].to(device)
 
+    # Voxel i of the low-resolution grid is voxel 4 i of the full one, not the middle of four.
+    middle = center if sr_net is not None else tuple((grid_affine(SCALE * grid, center) @ [*[SCALE * (grid - 1) / 2] * 3, 1])[:3].tolist())
     for name, text, seed in names:
         began = time.time()
         x = generate(low_net, sr_net, seed, grid, args, contexts[text], known, fixed)
         about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, " + (f"fixed: {', '.join(CHANNELS[c] for c in fixed)}" if fixed else "nothing fixed"),
                      text=text, seed=seed, center_ras_mm=list(center), seconds=round(time.time() - began, 1), arguments=vars(args),
                      weights={k: about for k, (_, about) in stages.items()}, torch=torch.__version__)
-        write(out / name, x, center, about, args.overwrite)
+        write(out / name, x, middle, about, args.overwrite)
     voxel = " x ".join(f"{f / x.shape[-1]:.3f}" for f in FOV[::-1])
     print(f"wrote {len(names)} sample(s) of {x.shape[-1]}^3 voxels, {voxel} mm (x,y,z), to {', '.join(str(out / n) for n, _, _ in names[:3])}{' ...' if len(names) > 3 else ''}")
 
@@ -306,7 +317,7 @@ def main(argv=None):
             raise ValueError(f"--guidance {args.guidance}; a finite number, not negative, is needed; 2 is usual")
         if not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] <= 1:
             raise ValueError(f"--guidance-interval {' '.join(map(str, args.guidance_interval))}; two times, 0 <= FROM <= TO <= 1, are needed; change them")
-        if args.center and not all(map(math.isfinite, args.center)):
+        if args.center and not all(abs(c) < 1e6 for c in args.center):
             raise ValueError(f"--center {' '.join(map(str, args.center))}; three finite numbers of mm are needed; change it")
         if args.slab < 0:
             raise ValueError(f"--slab {args.slab}; a number of slices is needed; 16 is usual")

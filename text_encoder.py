@@ -7,6 +7,7 @@ Paper sec. 4.1; fine-tuning from sec. 4.6: two tasks at once, masked words and p
 import argparse
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -60,10 +61,11 @@ def load_reports(paths):
                     subject = row.get("subject", row.get("id", f"{path}:{number}"))
                     two = "impression" in row
                     texts.append((str(subject), "Findings: " + row["findings"] + "\nImpression: " + row["impression"] if two else "" + row["text"]))
+                    texts[-1][1].encode()                 # JSON can hold halves of characters
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ValueError(f"{path}: line {number} is no report; a line has 'text', or 'findings' and 'impression'; mend it") from None
         else:
-            files = [path] if not path.is_dir() else sorted(path.glob("*/report.txt")) or sorted(path.glob("*.txt"))
+            files = [path] if not path.is_dir() else sorted(path.glob("*/report.txt")) or sorted(path.glob("[!.]*.txt"))
             if not files:
                 raise ValueError(f"{path}: no */report.txt, no *.txt; training needs reports; try python phantom.py --out data/train --n 512")
             texts += [(f.parent.name.split("_text")[0] if f.name == "report.txt" else f.stem, read_report(f)) for f in files]
@@ -108,7 +110,7 @@ def read_model(source, tokens, masked_words=False):
     try:
         tokenizer = transformers.BertTokenizer.from_pretrained(source, trust_remote_code=False)
         net, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **options)
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"text model {source}: not found or not readable ({type(error).__name__}); {way_out}") from None
     lost = [key for key in info["missing_keys"] if not key.startswith("cls.")]     # a word head that is missing can be trained
     if lost:
@@ -274,7 +276,8 @@ def train(a):
                          "of the processes and not more than the reports, 2 subjects or more are held out; add reports or change --batch, --held-out")
     for r in held_out:
         another_impression(r, held_out, seeded(a.seed, 0))                         # refuses now, not after the training, if there is none
-    if out.exists() or not os.access(next(p for p in out.absolute().parents if p.exists()), os.W_OK):
+    above = next(p for p in out.absolute().parents if p.exists())
+    if out.exists() or not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out {out} exists already, or its parent cannot be written; a model is a new folder; choose another")
 
     device = torch.device(a.device, int(os.environ.get("LOCAL_RANK", 0)) if a.device == "cuda" else None)

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, fast_bfloat16, keep_memory, picture, read_safetensors, write_atomic
+from data import CHANNELS, SCALE, Cases, cases, choose_device, exits, fast_bfloat16, keep_memory, one_size, picture, read_safetensors, write_atomic
 from diffusion import choose_given, ddim_sample, loss, times
 from unet3d import UNet3D, folded
 
@@ -207,7 +207,8 @@ def load_checkpoint(out, cfg):
             if bad:
                 raise ValueError(f"{bad} fails its check sum")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or {"kind", "step", "config", "net", "ema", "opt"} - state.keys():
+            kinds = dict(kind=str, step=int, config=dict, net=dict, ema=dict, opt=dict)
+            if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()) or not state["opt"].get("param_groups"):
                 raise ValueError("no checkpoint of these trainers")
         except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, RuntimeError, OSError, EOFError) as e:
             print(f"warning: {path} is not readable ({type(e).__name__}: {e}); trying the one before it", file=sys.stderr)
@@ -307,10 +308,12 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         opt = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, **adamw)
     else:
         opt = torch.optim.AdamW(net.parameters(), **adamw)
-    step, state, names = 0, load_checkpoint(out, cfg), [folder.name for folder in dataset.folders]
-    if state and state.get("cases", names) != names:
-        raise ValueError(f"{cfg.data}: {len(names)} cases to train on, which are not the {len(state['cases'])} that {out} began with; their order and those held out would change; "
-                         "put the same cases there, or begin anew in another --out with --init")
+    step, state = 0, load_checkpoint(out, cfg)
+    began = dict(cases=[folder.name for folder in dataset.folders], grid=dataset.grid, args=net.args)
+    differing = [name for name, value in began.items() if state and state.get(name, value) != value]
+    if differing:
+        raise ValueError(f"{cfg.data}: {len(began['cases'])} cases to train on, which differ in {', '.join(differing)} from those that {out} began with; the order of its samples, "
+                         "and what is held out, would change; put the same cases there, or begin anew in another --out with --init")
     if state:
         step = state["step"]
         net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
@@ -341,7 +344,9 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
     rows = io.StringIO()
     log = csv.writer(rows)
     bar = tqdm(total=cfg.steps, initial=step, desc=f"train {cfg.kind}", disable=rank > 0, mininterval=2)
-    began, smooth, last = time.time(), None, step >= cfg.steps
+    start, smooth, last = time.time(), None, step >= cfg.steps
+    if last and rank == 0:                                               # a run that was killed before its last export
+        export(out / f"{cfg.kind}.safetensors", cfg, ema, dataset.grid, step, len(dataset))
     while not last:
         value = torch.zeros((), device=device)
         for i in range(accum):
@@ -369,14 +374,14 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         shown = held_out is not None and (step % cfg.show_every == 0 or step == cfg.steps)
         if rank == 0 and (step % cfg.log_every == 0 or shown):
             val = f"{validate(cfg, ema, held_out, loss_fn, device):.6f}" if shown else ""
-            log.writerow([step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - began:.1f}"])
+            log.writerow([step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - start:.1f}"])
         saving = step % cfg.save_every == 0 or last
         if saving and cfg.zero and world > 1:
             gather_shares(opt, rank, world)
-        if rank == 0 and saving:
-            save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), cases=names, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
+        if rank == 0 and saving:                                         # the checkpoint last: a run killed before it makes the rest anew
             export(out / f"{cfg.kind}.safetensors", cfg, ema, dataset.grid, step, len(dataset))
             append_log(out / "loss.csv", rows, step)
+            save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), **began, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
         if rank == 0 and shown:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
                 volumes, titles = samples_fn(cfg, ema, held_out, device)
@@ -388,7 +393,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
 
 def append_log(path, rows, step):
     """Rows of loss.csv; lines beyond the step of the checkpoint, from a run that died after writing them, are dropped first."""
-    old = path.read_text().splitlines()[1:] if path.exists() else []
+    old = [line for line in path.read_text().splitlines()[1:] if line.strip()] if path.exists() else []
     new = rows.getvalue().splitlines()
     first = int(new[0].split(",")[0]) if new else step + 1
     old = [line for line in old if int(line.split(",")[0]) < first]
@@ -438,6 +443,7 @@ def low_data(cfg):
         raise ValueError(f"{cfg.data}: its low-resolution volumes are {dataset.grid}^3, and {cfg.levels} levels halve them to whole voxels only from multiples of {step}; "
                          f"make cases on a grid that is a multiple of {SCALE * step}, or lower --levels")
     enough(dataset.grid, cfg.patch)
+    one_size(folders[:1] + held, ("low", "text"))
     return dataset, Cases(held, cfg.seed) if held else None
 
 

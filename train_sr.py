@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dataclasses import dataclass
 from typing import ClassVar
 
-from data import SCALE, Cases, exits
+from data import SCALE, Cases, exits, one_size
 from diffusion import augment_low, choose_given, ddim_sample, loss, times
 from train_low import Common, all_folders, arg, begin_from, draw, enough, is_new, parse, run
 from unet3d import UNet3D
@@ -47,7 +47,9 @@ def sr_data(cfg):
         raise ValueError(f"--crop {cfg.crop}; D,H,W with H and W multiples of {step} and D of {cfg.patch} are needed; write --crop 256,80,80")
     enough(min(crop), cfg.patch)
     folders, held = all_folders(cfg)
-    return Cases(folders, cfg.seed, crop), Cases(held, cfg.seed, crop) if held else None
+    dataset = Cases(folders, cfg.seed, crop)
+    one_size(folders[:1] + held, ("low",))
+    return dataset, Cases(held, cfg.seed, crop) if held else None
 
 
 def sr_net(cfg, dataset):

@@ -279,6 +279,8 @@ def main(argv=None):
     with exits():
         if min(args.n, args.n_full, args.low_steps, args.sr_steps) < 3:
             raise ValueError(f"--n {args.n}, --n-full {args.n_full}, --low-steps {args.low_steps}, --sr-steps {args.sr_steps}; at least 3 each, so that every finding is asked for; raise them")
+        if args.seed < 0 or not (0 <= args.guidance < float("inf") and args.guidance_interval[0] <= args.guidance_interval[1]):
+            raise ValueError(f"--seed {args.seed}, --guidance {args.guidance}, --guidance-interval {args.guidance_interval}; a seed and a finite guidance are not negative, FROM <= TO; change them")
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = choose_device(args.device)

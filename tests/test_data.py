@@ -127,9 +127,27 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
         load_nifti(tmp_path)
 
 
+def test_a_volume_without_a_place_or_an_outlandish_name_or_scale(tmp_path):
+    image = nibabel.Nifti1Image(L, AFFINE)
+    image.set_sform(AFFINE, 0), image.set_qform(AFFINE, 0)               # nibabel would flip left and right
+    nibabel.save(image, tmp_path / "nowhere.nii.gz")
+    with pytest.raises(ValueError, match="neither sform nor qform"):
+        load_nifti(tmp_path / "nowhere.nii.gz")
+    plain = nifti(tmp_path / "good.nii.gz", L)
+    shutil.copy(plain, tmp_path / "packed.nii")                          # gzip by content, not by name
+    assert np.array_equal(load_nifti(tmp_path / "packed.nii")[0], load_nifti(plain)[0])
+    for name, array, words in (("ct", np.where(L, 124, 1064).astype(np.uint16), "Hounsfield"), ("ct", np.full(L.shape, 1e300), "NaN or infinite"),
+                               ("airway", -L.astype(np.int8), "values -1 to 0")):
+        with pytest.raises(ValueError, match=words):
+            data.load_channel(name, nifti(tmp_path / "odd.nii.gz", array))
+    for name, array in (("ct", np.where(L, -900, 40).astype(np.int16)), ("airway", L)):
+        with pytest.raises(ValueError, match="no voxel of it lies in the field of view"):
+            to_model({name: nifti(tmp_path / "far.nii.gz", array)}, 32, center=(900, 0, 0))
+
+
 def prepared(tmp_path, **other):
     """Writes a small chest as NIfTI and runs the command.   -> the case folder"""
-    ct = np.where(L, 400, -900).astype(np.int16)
+    ct = np.where(L, -900, 40).astype(np.int16)
     files = dict(ct=nifti(tmp_path / "ct.nii.gz", ct), lobe=nifti(tmp_path / "lobe.nii.gz", 5 * L), airway=nifti(tmp_path / "airway.nii.gz", L),
                  vessel=nifti(tmp_path / "vessel.nii.gz", 255 * L), report=tmp_path / "r.txt", out=tmp_path / "cases/a", grid="32", **other)
     files["report"].write_text("Findings: An L.\nImpression: Odd.")
@@ -170,7 +188,7 @@ def test_lobes_of_totalsegmentator_are_read_when_one_is_gone(tmp_path):
 
 def test_lungs_beyond_the_field_of_view_are_told(tmp_path, capsys):
     tall = np.zeros((20, 20, 100), np.uint8)
-    tall[5:15, 5:15, 2:98] = 1
+    tall[5:15, 5:15, 2:98] = 5
     for voxel, told in ((2.5, ""), (4.0, "% of the lungs lie outside the field of view, 316 x 316 x 292 mm")):      # 240 and 384 mm tall
         to_model({"lobe": nifti(tmp_path / "tall.nii.gz", tall, np.diag([voxel, voxel, voxel, 1]))}, 64)
         err = capsys.readouterr().err
@@ -180,7 +198,9 @@ def test_lungs_beyond_the_field_of_view_are_told(tmp_path, capsys):
 @pytest.mark.parametrize("harm, words", [(lambda c: (c / "low.npy").unlink(), "low.npy missing"), (lambda c: (c / "ct.npy").write_bytes(b"x"), "unreadable"),
                                          (lambda c: np.save(c / "airway.npy", np.full((32,) * 3, 7, np.uint8)), "labels are wrong"),
                                          (lambda c: np.save(c / "low.npy", np.zeros((4, 8, 8, 8), np.float16)), "every fourth voxel"),
-                                         (lambda c: (c / "report.txt").write_text(""), "no words")])
+                                         (lambda c: (c / "airway.npy").write_bytes(b""), "unreadable"), (lambda c: np.savez(open(c / "low.npy", "wb"), a=1), "low.npy unreadable"),
+                                         (lambda c: np.save(c / "ct.npy", (np.load(c / "ct.npy") + 1024).astype(np.int16) - 900 * (np.load(c / "lobe.npy") == 0).astype(np.int16)), "HU in the lungs"),
+                                         (lambda c: (c / "report.txt").write_text("Findings:\nImpression:\n"), "no words"), (lambda c: (c / "report.txt").write_text(""), "no words")])
 def test_check_names_what_is_wrong(tmp_path, capsys, harm, words):
     case = prepared(tmp_path)
     np.save(case / "text.npy", np.zeros((192, 8), np.float16))

@@ -233,7 +233,7 @@ def test_augment_tells_classes_apart(folders, tmp_path, monkeypatch, capsys):
 def test_what_is_missing_is_named(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a/x").mkdir(parents=True)
-    nibabel.save(nibabel.Nifti1Image(np.arange(8 ** 3).reshape(8, 8, 8).astype(np.int16) - 300, np.eye(4)), tmp_path / "a/x/ct.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(np.arange(8 ** 3).reshape(8, 8, 8).astype(np.int16) - 900, np.eye(4)), tmp_path / "a/x/ct.nii.gz")
     for name in ("lobe", "airway"):
         nibabel.save(nibabel.Nifti1Image(np.eye(3)[..., None].repeat(3, 2).astype(np.uint8), np.eye(4)), tmp_path / f"a/x/{name}.nii.gz")
     (tmp_path / "none.txt").write_text("# measure | prompt | prompt")
@@ -244,6 +244,18 @@ def test_what_is_missing_is_named(folders, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as e:
             evaluate.main(args)
         assert e.value.code == 2 and words in capsys.readouterr().err, args
+    moved = np.eye(4)
+    moved[:3, 3] = 500
+    (tmp_path / "b/x").mkdir(parents=True)
+    for name in ("lobe", "ct", "airway"):                                # of one shape, but elsewhere
+        array = np.arange(27).reshape(3, 3, 3).astype(np.int16) * 50 - 1000 if name == "ct" else 5 * (np.arange(27).reshape(3, 3, 3) % 2).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(array, moved if name == "lobe" else np.eye(4)), tmp_path / f"b/x/{name}.nii.gz")
+    for args, words in ((["laa", "b"], "different shapes or places"), (["augment", "half.csv", "half.csv", "--csv", "half.csv"], "nothing of others is replaced"),
+                        (["airway", "b", "--csv", "x", "--figure", "x"], "two files are written")):
+        with pytest.raises(SystemExit) as e:
+            evaluate.main(args)
+        assert e.value.code == 2 and words in capsys.readouterr().err, args
+    assert (tmp_path / "half.csv").read_text().startswith("file,label")
     for name, weights in (("tensor", torch.zeros(3)), ("numbers", {0: torch.zeros(3)}), ("nested", {"state_dict": [1]}), ("shapes", {k: torch.zeros(1) for k in evaluate.ResNet50().state_dict()})):
         torch.save(weights, f"{name}.pth")
     for name in ("a/x/ct.nii.gz", "tensor.pth", "numbers.pth", "nested.pth", "shapes.pth"):

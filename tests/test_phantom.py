@@ -1,6 +1,7 @@
 """Phantoms: the same by seed, true to their conditions and reports, and the same chest on every grid."""
 import itertools
 import json
+import os
 import re
 
 import numpy as np
@@ -89,6 +90,17 @@ def test_reports_without_chests(tmp_path, capsys):
     assert len(set(texts)) > 25 and len({row["subject"] for row in rows}) == 30 and texts[0] == phantom.report_alone(5)
     assert all(t.startswith("Findings: ") and "\nImpression: " in t and "{" not in t and "[" not in t for t in texts)
     assert "wrote 30 reports" in capsys.readouterr().out
+
+
+def test_a_killed_worker_ends_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(phantom, "make", lambda *a: os._exit(9))
+    with pytest.raises(SystemExit) as e:
+        phantom.main(["--out", str(tmp_path / "data"), "--n", "3", "--grid", "32", "--workers", "2"])
+    assert e.value.code == 1 and "BrokenProcessPool" in capsys.readouterr().err and not list((tmp_path / "data").iterdir())
+    (tmp_path / "own.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(SystemExit) as e:
+        phantom.main(["--reports", str(tmp_path / "own.jsonl"), "--n", "3"])
+    assert e.value.code == 2 and (tmp_path / "own.jsonl").read_text() == '{"text": "mine"}\n'
 
 
 def test_one_chest_with_several_reports(tmp_path):

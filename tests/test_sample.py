@@ -116,9 +116,29 @@ def test_every_mask_may_be_fixed_and_a_ct_is_segmented(model, tmp_path):
     assert np.allclose(nibabel.load(tmp_path / "b/ct/lobe.nii.gz").affine, nibabel.load(tmp_path / "ct.nii.gz").affine)
 
 
-def test_stop_at_low_writes_the_low_resolution_volume(model, tmp_path):
-    run(model, tmp_path, "--stop-at-low")
-    assert volume(tmp_path / "sample").shape == (8, 8, 8)
+def test_stop_at_low_writes_the_low_resolution_volume_in_its_place(model, tmp_path):
+    lobe = np.random.default_rng(0).integers(0, 6, (32,) * 3).astype(np.uint8)
+    save_nifti(tmp_path / "lobe.nii.gz", lobe, (5, 6, 7))
+    run(model, tmp_path, "--stop-at-low", "--lobe", tmp_path / "lobe.nii.gz", "--center", 5, 6, 7)
+    low, full = (nibabel.load(tmp_path / name) for name in ("sample/lobe.nii.gz", "lobe.nii.gz"))
+    assert low.shape == (8, 8, 8)
+    where = np.argwhere(np.ones(low.shape))                              # each voxel lies on that voxel of the full grid whose label it has
+    there = nibabel.affines.apply_affine(np.linalg.inv(full.affine) @ low.affine, where)
+    assert np.abs(there - np.rint(there)).max() < 1e-3
+    assert np.array_equal(np.asarray(full.dataobj)[tuple(np.rint(there).astype(int).T)], np.asarray(low.dataobj).ravel())
+
+
+def test_names_that_typesetting_or_the_disk_would_not_take(model, tmp_path, capsys):
+    (tmp_path / "cost$^$.txt").write_text("Findings: There is 1.\nImpression: 1.")
+    run(model, tmp_path / "out", "--stop-at-low", "--report", tmp_path / "cost$^$.txt")
+    assert (tmp_path / "out/cost$^$/preview.png").exists()
+    run(model, tmp_path / "out", "--stop-at-low", "--report", tmp_path / "cost$^$.txt", "--overwrite", "--seed", 5)
+    assert json.loads((tmp_path / "out/cost$^$/sample.json").read_text())["seed"] == 5 and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["cost$^$"]
+    (tmp_path / f"{'a' * 245}.txt").write_text("Findings: There is 1.")
+    for args, words in ((["--report", tmp_path / f"{'a' * 245}.txt"], "rename the report"), (["--prompt", "\udce9panchement"], "no UTF-8")):
+        with pytest.raises(SystemExit) as e:
+            run(model, tmp_path / "out", *args)
+        assert e.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_stage_2_agrees_with_stage_1_if_asked_to(model, tmp_path):
@@ -231,7 +251,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, tmp_path,
     cfg = Config()
     cfg.kind = "sr"
     export(tmp_path / "unlike/sr.safetensors", cfg, net, 64, 1, 1)       # stage 1 makes 8^3
-    about = dict(kind="low", args={**net.args, "dim": 16}, grid=8)
+    about = dict(kind="low", args={**net.args, "dim": 16}, grid=8, provenance={})
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "torn/low.safetensors", metadata={"medsyn": json.dumps(about)})
     for name, state in (("numbered", {0: torch.zeros(1)}), ("listed", [torch.zeros(1)])):
         (tmp_path / name / "x_ckpt").mkdir(parents=True)

@@ -173,12 +173,25 @@ def test_missing_model_is_refused_and_never_a_tokenizer_of_five(name):
         te.load(name)
 
 
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
 def test_broken_models_are_refused(folder, encoder, tmp_path):
     te.save(tmp_path / "m", *te.read_model(folder, 32, masked_words=True), {})
     (tmp_path / "m" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="not readable"):
         te.load(tmp_path / "m")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
+    (tmp_path / "m" / "model.safetensors").unlink()
+    torch.save({"bert.pooler": Evil(str(tmp_path / "ran"))}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not readable"):
+        te.load(tmp_path / "m")
+    assert not (tmp_path / "ran").exists()
+    for file in ("tokenizer.json", "tokenizer_config.json", "pytorch_model.bin"):
         (tmp_path / "m" / file).unlink()
     (tmp_path / "m" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match="5 tokens in the tokenizer"):

@@ -176,10 +176,23 @@ def test_a_run_goes_on_with_the_cases_it_began_with(phantoms, tmp_path, capsys):
     os.symlink(cases(phantoms)[4], tmp_path / "phantom_9")               # the last by name: it would be held out, what was held out trained on
     capsys.readouterr()
     code, err = fails(capsys, *TINY, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 2)
-    assert code == 2 and "4 cases to train on, which are not the 3" in err and (tmp_path / "run/last.pt").read_bytes() == before
+    assert code == 2 and "4 cases to train on, which differ in cases" in err and (tmp_path / "run/last.pt").read_bytes() == before
     (tmp_path / "phantom_9").unlink()
     low(tmp_path, tmp_path / "run", "--steps", 2)
     assert weights(tmp_path / "run")["step"] == 2
+    (tmp_path / "run/low.safetensors").unlink()                          # as if killed between the last checkpoint and this
+    low(tmp_path, tmp_path / "run", "--steps", 2)
+    assert exported(tmp_path / "run", "low")
+
+
+def test_cases_that_do_not_fit_are_told_before_training(phantoms, tmp_path, capsys):
+    for case in cases(phantoms):
+        shutil.copytree(case, tmp_path / case.name)
+    last, text = tmp_path / case.name, np.load(case / "text.npy")
+    for harm, words in ((lambda: np.save(last / "text.npy", text[:24]), "of one size"), (lambda: (last / "text.npy").write_bytes(b""), "text.npy: not readable")):
+        harm()                                                           # to the one that is held out
+        code, err = fails(capsys, *TINY, "--data", tmp_path, "--out", tmp_path / "run", "--steps", 2)
+        assert code == 2 and words in err and err.count("\n") == 1, err
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_checkpoint(phantoms, tmp_path, capsys, monkeypatch):

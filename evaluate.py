@@ -390,8 +390,8 @@ def measure_phantom(ct, lobe):
 def phantoms(args):
     """Fresh phantoms, segmented by thresholds and measured, against the numbers they were drawn with: Pearson's r and mean error."""
     import phantom
-    if args.n < 2 or args.grid < 32 or args.grid % 8:
-        raise ValueError(f"--n {args.n}, --grid {args.grid}; at least 2 phantoms, and a multiple of 8 from 32 on are needed; 100 and 128 are usual")
+    if args.n < 2 or args.grid < 32 or args.grid % 8 or args.seed < 0:
+        raise ValueError(f"--n {args.n}, --grid {args.grid}, --seed {args.seed}; at least 2 phantoms, a multiple of 8 from 32 on, and a seed not negative are needed; 100, 128 and 90000 are usual")
     rows, truth = [], {name: [] for name in UNITS}
     for seed in tqdm(range(args.seed, args.seed + args.n), leave=False):
         case = phantom.make(seed, args.grid, "held-out")

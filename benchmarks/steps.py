@@ -50,6 +50,8 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where steps.json and steps.png appear")
     args = p.parse_args(argv)
     with exits():
+        if args.n < 1:
+            raise ValueError(f"--n {args.n}; at least 1 report is needed; change it")
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         stages = load_stages(args.model)

@@ -540,7 +540,7 @@ def report_alone(seed, wording="train"):
 
 
 def write_one(job):
-    """Make and write the case (folders, seed, grid, wording); The first folder gets the chest; the
+    """Make and write the case (folders, seed, grid, wording). The first folder gets the chest; the
     others get further reports of it beside links to its arrays: a network learns what words mean from many ways to say one thing."""
     folders, seed, grid, wording = job
     if folders[0].exists():

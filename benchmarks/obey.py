@@ -9,7 +9,8 @@ text          reports that ask for an effusion, a large heart, bullae, or say th
 full          the same in other sentences, measured on stage 2's volume
 anatomy       airway, vessels, lobes fixed, alone and together (fig. 6): is the structure in the CT, by thresholds, where the mask says?
 segmentation  the CT fixed (table 5): Dice of the masks that come out, with and without the report
-detail        stage 2 on true low-resolution volumes: overlap with the truth beside that of plain up-sampling
+detail        stage 2 on true low-resolution volumes: overlap with the truth, and FID from as many other phantoms, beside those of plain up-sampling;
+              the FID of the phantoms themselves is the floor that so few volumes have
 memory        distance from samples to their nearest training phantom, beside that from held-out phantoms
 """
 import argparse
@@ -28,7 +29,7 @@ import phantom
 import text_encoder
 from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, upsample, write_atomic
 from diffusion import ddim_sample, times
-from evaluate import UNITS, dice, dots, measure_phantom
+from evaluate import UNITS, dice, dots, feature_net, frechet, measure_phantom
 from sample import agrees, generate, load_stages, place, trained_given
 from unet3d import TextPool
 
@@ -196,24 +197,31 @@ def sharpness(ct):
     return float(np.sqrt(sum(np.square(g) for g in np.gradient(ct.astype(np.float32)))).mean())
 
 
+@torch.no_grad()
 def detail(model, n):
-    rows = {"up-sampled": {}, "stage 2": {}}
+    rows, seen, net = {"up-sampled": {}, "stage 2": {}}, {}, feature_net(None)[0]
+    seeing = lambda who, x0: seen.setdefault(who, []).append(net(x0[:, :1])[0].numpy())           # features of the CT, by a random network
     for i in tqdm(range(n), desc="detail", leave=False):
         case = phantom.make(model.args.seed + 3000 + i, SCALE * model.grid, "held-out")
         x0 = stack(case)
+        seeing("phantoms", x0)
+        seeing("others", stack(phantom.make(model.args.seed + 6000 + i, SCALE * model.grid, "held-out")))
         low = upsample(x0[..., ::SCALE, ::SCALE, ::SCALE])
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
         with torch.autocast(torch.device(model.args.device).type, torch.bfloat16, enabled=model.args.amp):
             made = ddim_sample(model.sr, noise.to(model.args.device), times(model.args.sr_steps, model.order), low=low.to(model.args.device), agreeing=model.args.agree, order=model.order)
         smooth = torch.nn.functional.interpolate(x0[..., ::SCALE, ::SCALE, ::SCALE], scale_factor=SCALE, mode="trilinear")
         for who, x in zip(rows, (smooth, made.float().cpu())):
+            seeing(who, x)
             got = {c: decode(c, v) for c, v in zip(CHANNELS, x[0].numpy())}
             row = rows[who]
             for c in ("airway", "vessel"):
                 row.setdefault(f"dice {c}", []).append(dice(got[c] > 0, case[c] > 0))
             row.setdefault("CT error, HU", []).append(float(np.abs(got["ct"].astype(np.float32) - case["ct"].clip(-1024, 600)).mean()))
             row.setdefault("sharpness of the CT / true", []).append(sharpness(got["ct"]) / sharpness(case["ct"].clip(-1024, 600)))
-    table = {who: {k: float(np.mean(v)) for k, v in row.items()} for who, row in rows.items()}
+    table = {who: {k: float(np.mean(v)) for k, v in row.items()} for who, row in {**rows, "phantoms": {}}.items()}
+    for who, row in table.items():
+        row["FID, random features"] = frechet(np.stack(seen[who]), np.stack(seen["others"]))
     print_columns("detail", table)
     return table
 

@@ -120,9 +120,9 @@ def trained_given(about):
     return "step" in about and about["provenance"]["config"].get("given", 0) > 0
 
 
-def tidy_lobes(x):
-    """The lobe channel with every voxel at the nearest value among "no lobe" and the lobes that are present within 5 voxels of it. A lobe is present
-    where a cube of 3^3 voxels lies within 0.1 of its value.   x: (G,G,G) in [-1,1]   -> (G,G,G), x itself if no lobe is present
+def tidy_lobes(x, tolerance=0.1, reach=5):
+    """The lobe channel with every voxel at the nearest value among "no lobe" and the lobes that are present within `reach` voxels of it. A lobe is present
+    where a cube of 3^3 voxels lies within `tolerance` of its value; 0.2 is halfway to the next.   x: (G,G,G) in [-1,1]   -> (G,G,G), x itself if no lobe is present
 
     Not in the paper. One channel codes five lobes as numbers, so a blurred border between lobes 3 and 5 passes through 4, and one between the right
     lung and the chest wall through all of them: rounded, it is a shell of lobes that are elsewhere.
@@ -139,7 +139,7 @@ def tidy_lobes(x):
     out, lobes = torch.full_like(x, -1), 0                               # -1: no lobe
     for value in encode("lobe", range(1, 6)).tolist():
         away = (x - value).abs()
-        there = spread(~spread(away >= 0.1, 1), 5)                       # near the middles of filled cubes
+        there = spread(~spread(away >= tolerance, 1), reach)             # near the middles of filled cubes
         out, lobes = torch.where(there & (away < (x - out).abs()), value, out), lobes + there.sum()
     return out if lobes else x
 
@@ -151,7 +151,7 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
 
     All noise comes from one CPU generator of the seed, so it does not depend on the device.
     """
-    device, order = torch.device(args.device), 2 if args.solver == "dpm" else 1
+    device, order, lobe = torch.device(args.device), 2 if args.solver == "dpm" else 1, CHANNELS.index("lobe")
     options = dict(order=order, fixed=fixed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -165,6 +165,8 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
         x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"], interval=args.guidance_interval,
                         progress=bar("low resolution"), **options)
+        if args.tidy and CHANNELS.index("ct") in fixed and lobe not in fixed and grid >= 64:      # 3 voxels of 32^3 are 3 cm: lobes are narrower
+            x[0, lobe] = tidy_lobes(x[0, lobe].float(), tolerance=0.2, reach=3)
         if args.slab:
             low_net.cpu()                                                # its weights would take the memory that is to be saved
         if sr_net is not None:
@@ -172,8 +174,8 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
                             progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
-    x, lobe = x[0].float(), CHANNELS.index("lobe")
-    if args.tidy and sr_net is not None and lobe not in fixed:           # at low resolution lobes are too small, and not blurred
+    x = x[0].float()
+    if args.tidy and sr_net is not None and lobe not in fixed:
         x[lobe] = tidy_lobes(x[lobe])
     return x.cpu()
 

@@ -166,18 +166,28 @@ def test_blurred_borders_between_lobes_are_not_other_lobes():
     sharp[10:13, 10:13, 5:20] = -1                                       # and a tube, and a lobe three voxels thick
     sharp[5:8, 5:35, 5:20] = 0.6
     assert torch.equal(sample.tidy_lobes(sharp), sharp)
+    assert torch.equal(sample.tidy_lobes(sharp + 0.15, tolerance=0.2), sharp) and torch.equal(sample.tidy_lobes(sharp + 0.15), sharp + 0.15)
     noise = torch.rand(30, 30, 30) * 2 - 1                               # no lobe fills a cube anywhere
     assert torch.equal(sample.tidy_lobes(noise), noise)
 
 
 def test_lobes_are_tidied_unless_they_are_given_or_it_is_declined(model, airway, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "tidy_lobes", lambda x: torch.full_like(x, -0.2))
+    monkeypatch.setattr(sample, "tidy_lobes", lambda x, tolerance=0, reach=0: torch.full_like(x, -0.2))
     for out, tidied, more in (("plain", True, []), ("no", False, ["--no-tidy"]), ("low", False, ["--stop-at-low"]), ("airway", True, ["--airway", airway])):
         run(model, tmp_path / out, *more)
         assert (volume(tmp_path / out / "sample", "lobe") == 2).all() == tidied
     given = tmp_path / "no/sample/lobe.nii.gz"
     run(model, tmp_path / "given", "--lobe", given)
     assert np.array_equal(volume(tmp_path / "given/sample", "lobe"), volume(tmp_path / "no/sample", "lobe"))
+
+
+def test_a_ct_s_lobes_are_tidied_at_low_resolution_where_lobes_are_wide_enough(monkeypatch):
+    monkeypatch.setattr(sample, "tidy_lobes", lambda x, tolerance, reach: torch.full_like(x, -0.2))
+    monkeypatch.setattr(sample, "ddim_sample", lambda net, noise, *a, **k: torch.zeros_like(noise))
+    for grid, fixed, tidy, tidied in ((64, [0], True, True), (64, [0], False, False), (64, [], True, False), (64, [2], True, False), (64, [0, 1], True, False), (32, [0], True, False)):
+        args = SimpleNamespace(device="cpu", amp=False, slab=0, solver="ddim", low_steps=1, guidance=1.0, guidance_interval=(0, 1), tidy=tidy, clean={"low": False})
+        x = sample.generate(torch.nn.Identity(), None, 0, grid, args, fixed=fixed)
+        assert (x[1] == -0.2).all() == tidied and (x[[0, 2, 3]] == 0).all()
 
 
 def test_demo_weights_agree_unasked_and_no_others():

@@ -36,14 +36,14 @@ MAX_BYTES = 4 << 30               # of one NIfTI's voxels; beyond it is a broken
 
 @contextlib.contextmanager
 def exits():
-    """What every command line shares: wrong input is one line and exit code 2, a failure in mid-run is one line and 1."""
+    """What every command line shares: wrong input is one line and exit code 2, a failure in mid-run is one line and 1, Ctrl-C one line and 130."""
     try:
         yield
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as e:
         code = 2
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
     except KeyboardInterrupt:
-        code = 130                                                       # as the shell has it
+        code = 130
         print("stopped; what was finished is kept", file=sys.stderr)
     except (RuntimeError, OSError, MemoryError) as e:
         code = 1
@@ -444,7 +444,8 @@ def pyplot():
 
 
 def picture(path, volumes, titles, caption=""):
-    """Rows of axial, coronal and sagittal planes through the middle of the airway (without one, of the volume), HU [-1024,600], masks outlined: lobes yellow, airway cyan, vessels red.
+    """Rows of axial, coronal and sagittal planes through the middle of the airway (without one, of the volume), HU [-1024,600], masks outlined: lobes
+    yellow, airway cyan, vessels red.
 
     volumes: list of (4,D,H,W) in [-1,1]   titles: one a row.   Radiological view: the patient's right is on the left.
     """

@@ -271,8 +271,10 @@ def sample(args):
         for _, text in texts:
             contexts[text] = encoder.encode([text])[0].to(device)
 
-    # Voxel i of the low-resolution grid is voxel 4 i of the full one, not the middle of four.
-    middle = center if sr_net is not None else tuple((grid_affine(SCALE * grid, center) @ [*[SCALE * (grid - 1) / 2] * 3, 1])[:3].tolist())
+    middle = center
+    if sr_net is None:                                                   # voxel i of the low-resolution grid is voxel 4 i of the full one, not the middle of four
+        last = SCALE * (grid - 1)
+        middle = (grid_affine(SCALE * grid, center) @ [last / 2, last / 2, last / 2, 1])[:3]
     for name, text, seed in names:
         began = time.time()
         x = generate(low_net, sr_net, seed, grid, args, contexts[text], known, fixed)

@@ -196,8 +196,8 @@ def all_folders(cfg):
     return training, held_out
 
 
-def load_checkpoint(out, cfg):
-    """The newest readable checkpoint of a run, or None. ValueError if it belongs to another configuration."""
+def load_checkpoint(out, cfg, trained_on):
+    """The newest readable checkpoint of a run, or None. ValueError if it belongs to another configuration or was `trained_on` other cases."""
     for path in (out / "last.pt", out / "previous.pt"):
         if not path.exists():
             continue
@@ -218,6 +218,10 @@ def load_checkpoint(out, cfg):
         if state["kind"] != cfg.kind or differing:
             raise ValueError(f"{path}: a run of kind {state['kind']} that differs in {', '.join(differing) or 'kind'}; a run keeps its "
                              "configuration; repeat its options or choose another --out")
+        differing = [k for k, v in trained_on.items() if state.get(k, v) != v]
+        if differing:
+            raise ValueError(f"{cfg.data}: {len(trained_on['cases'])} cases to train on, which differ in {', '.join(differing)} from those that {out} began with; the order of its "
+                             "samples, and what is held out, would change; put the same cases there, or begin anew in another --out with --init")
         return state
     if (out / "last.pt").exists() or (out / "previous.pt").exists():
         raise ValueError(f"{out}: no checkpoint is readable; a run is never restarted silently; remove the folder to begin anew")
@@ -308,12 +312,8 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         opt = ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, **adamw)
     else:
         opt = torch.optim.AdamW(net.parameters(), **adamw)
-    step, state = 0, load_checkpoint(out, cfg)
-    began = dict(cases=[folder.name for folder in dataset.folders], grid=dataset.grid, args=net.args)
-    differing = [name for name, value in began.items() if state and state.get(name, value) != value]
-    if differing:
-        raise ValueError(f"{cfg.data}: {len(began['cases'])} cases to train on, which differ in {', '.join(differing)} from those that {out} began with; the order of its samples, "
-                         "and what is held out, would change; put the same cases there, or begin anew in another --out with --init")
+    trained_on = dict(cases=[folder.name for folder in dataset.folders], grid=dataset.grid, args=net.args)
+    step, state = 0, load_checkpoint(out, cfg, trained_on)
     if state:
         step = state["step"]
         net.load_state_dict(state["net"]), ema.load_state_dict(state["ema"]), opt.load_state_dict(state["opt"])
@@ -344,7 +344,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
     rows = io.StringIO()
     log = csv.writer(rows)
     bar = tqdm(total=cfg.steps, initial=step, desc=f"train {cfg.kind}", disable=rank > 0, mininterval=2)
-    start, smooth, last = time.time(), None, step >= cfg.steps
+    began, smooth, last = time.time(), None, step >= cfg.steps
     if last and rank == 0:                                               # a run that was killed before its last export
         export(out / f"{cfg.kind}.safetensors", cfg, ema, dataset.grid, step, len(dataset))
     while not last:
@@ -374,14 +374,14 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, device, rank, world,
         shown = held_out is not None and (step % cfg.show_every == 0 or step == cfg.steps)
         if rank == 0 and (step % cfg.log_every == 0 or shown):
             val = f"{validate(cfg, ema, held_out, loss_fn, device):.6f}" if shown else ""
-            log.writerow([step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - start:.1f}"])
+            log.writerow([step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - began:.1f}"])
         saving = step % cfg.save_every == 0 or last
         if saving and cfg.zero and world > 1:
             gather_shares(opt, rank, world)
         if rank == 0 and saving:                                         # the checkpoint last: a run killed before it makes the rest anew
             export(out / f"{cfg.kind}.safetensors", cfg, ema, dataset.grid, step, len(dataset))
             append_log(out / "loss.csv", rows, step)
-            save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), **began, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
+            save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), **trained_on, net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
         if rank == 0 and shown:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
                 volumes, titles = samples_fn(cfg, ema, held_out, device)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import phantom
 import text_encoder
-from data import CHANNELS, FOV, MASKS, SCALE, cases, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, upsample, write_atomic
+from data import CHANNELS, FOV, MASKS, SCALE, array_of, cases, choose_device, decode, encode, exits, fast_bfloat16, keep_memory, upsample, write_atomic
 from diffusion import ddim_sample, times
 from evaluate import UNITS, dice, dots, feature_net, frechet, measure_phantom
 from sample import agrees, generate, load_stages, place, trained_given
@@ -200,19 +200,19 @@ def sharpness(ct):
 @torch.no_grad()
 def detail(model, n):
     rows, seen, net = {"up-sampled": {}, "stage 2": {}}, {}, feature_net(None)[0]
-    seeing = lambda who, x0: seen.setdefault(who, []).append(net(x0[:, :1])[0].numpy())           # features of the CT, by a random network
+    features = lambda who, x0: seen.setdefault(who, []).append(net(x0[:, :1])[0].numpy())         # of the CT, by a random network
     for i in tqdm(range(n), desc="detail", leave=False):
         case = phantom.make(model.args.seed + 3000 + i, SCALE * model.grid, "held-out")
         x0 = stack(case)
-        seeing("phantoms", x0)
-        seeing("others", stack(phantom.make(model.args.seed + 6000 + i, SCALE * model.grid, "held-out")))
+        features("phantoms", x0)
+        features("others", stack(phantom.make(model.args.seed + 6000 + i, SCALE * model.grid, "held-out")))
         low = upsample(x0[..., ::SCALE, ::SCALE, ::SCALE])
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
         with torch.autocast(torch.device(model.args.device).type, torch.bfloat16, enabled=model.args.amp):
             made = ddim_sample(model.sr, noise.to(model.args.device), times(model.args.sr_steps, model.order), low=low.to(model.args.device), agreeing=model.args.agree, order=model.order)
         smooth = torch.nn.functional.interpolate(x0[..., ::SCALE, ::SCALE, ::SCALE], scale_factor=SCALE, mode="trilinear")
         for who, x in zip(rows, (smooth, made.float().cpu())):
-            seeing(who, x)
+            features(who, x)
             got = {c: decode(c, v) for c, v in zip(CHANNELS, x[0].numpy())}
             row = rows[who]
             for c in ("airway", "vessel"):
@@ -235,7 +235,7 @@ def nearest(x, training):
 
 def training_cts(folder, grid):
     """The CTs of the training's low-resolution volumes.   -> (m,grid^3)"""
-    found = [np.load(c / "low.npy", mmap_mode="r")[0] for c in cases(folder) if "_text" not in c.name]
+    found = [array_of(c, "low")[0] for c in cases(folder) if "_text" not in c.name]
     if not found or any(ct.shape != (grid,) * 3 for ct in found):
         raise ValueError(f"--data {folder}: {len(found)} chests{f', {found[0].shape}' if found else ''}; the training's are needed, whose low-resolution volumes are {grid}^3; "
                          "name their folder or leave `memory` out of --parts")

@@ -41,13 +41,13 @@ def exits():
         yield
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as e:
         code = 2
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)        # on a line of its own, progress bar or not
     except KeyboardInterrupt:
         code = 130
-        print("stopped; what was finished is kept", file=sys.stderr)
+        tqdm.write("stopped; what was finished is kept", file=sys.stderr)
     except (RuntimeError, OSError, MemoryError) as e:
         code = 1
-        print(f"error: {type(e).__name__}: " + " ".join(str(e).split()), file=sys.stderr)
+        tqdm.write(f"error: {type(e).__name__}: " + " ".join(str(e).split()), file=sys.stderr)
     else:
         return
     raise SystemExit(code)

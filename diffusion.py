@@ -11,7 +11,7 @@ from data import SCALE, encode
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 WINDOWS = (-1024, -780), (-160, 240)     # HU; not in the paper: where air differs from lung, and fluid from muscle
-FAINT = 0.1              # of [-1,1], 81 HU: the most that `agree` moves a voxel; not in the paper. At edges the stages differ by more, and there stage 2 knows better
+FAINT = 0.1              # of [-1,1], 81 HU: the most that `agree` moves a voxel; not in the paper. At edges, where the stages differ by more, stage 2 knows better
 AERATED = -300           # HU below which `agree` moves none: a darker lung would lose the thin walls beside airways
 EMPTY = -930             # HU below which a lung is no lung any more; not in the paper, whose measure is -950
 
@@ -150,7 +150,8 @@ def guided(net, seen, t, context, guidance):
 
 
 @torch.no_grad()
-def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed=(), low=None, agreeing=False, clean=False, interval=(0.0, 1.0), order=1, progress=iter):
+def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed=(), low=None, agreeing=False, clean=False, interval=(0.0, 1.0), order=1,
+                progress=iter):
     """A sample from noise, by DDIM through `times` (sec. 4.2), with anatomy held fixed if wanted (sec. 4.4).
 
     noise: (B,4,D,H,W)   times: (n,) descending, any sequence; the last step goes to clean data
@@ -158,7 +159,8 @@ def ddim_sample(net, noise, times, context=None, guidance=1.0, known=None, fixed
     interval: (lowest, highest) t at which guidance is applied; it is a second network evaluation there. What a text decides, it decides near t = 1
     known, fixed: clean channels (B,4,D,H,W), and the list of channel indices in which they replace the estimate at every step
     clean: whether the network sees them without noise, for one that was trained so (`loss`, given)
-    low: (B,4,D,H,W) for stage 2   agreeing: whether its estimates are made to `agree` with that   order: 1 DDIM, 2 DPM-Solver++(2M)   progress: wraps the steps, e.g. tqdm.   -> (B,4,D,H,W) in [-1,1]
+    low: (B,4,D,H,W) for stage 2   agreeing: whether its estimates are made to `agree` with that   order: 1 DDIM, 2 DPM-Solver++(2M)
+    progress: wraps the steps, e.g. tqdm.   -> (B,4,D,H,W) in [-1,1]
     """
     fixed, xt, u, x0_before = list(fixed), noise, None, None
     steps = list(zip(times.tolist(), times[1:].tolist() + [None]))

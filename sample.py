@@ -163,8 +163,8 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
 
     known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"], interval=args.guidance_interval,
-                        progress=bar("low resolution"), **options)
+        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"],
+                        interval=args.guidance_interval, progress=bar("low resolution"), **options)
         if args.tidy and CHANNELS.index("ct") in fixed and lobe not in fixed and grid >= 64:      # 3 voxels of 32^3 are 3 cm: lobes are narrower
             x[0, lobe] = tidy_lobes(x[0, lobe].float(), tolerance=0.2, reach=3)
         if args.slab:

@@ -155,7 +155,8 @@ def low_loss(cfg, net, batch):
     keys, x0, text = batch
     t, u, eps, v = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     t = torch.where(u > 1 - cfg.late, 0.8 + 0.2 * t, t)                  # u < cfg.drop drops the text: not of these, unless late > 1 - drop
-    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=choose_given(v[:, :4], cfg.given) if cfg.given else None, windows=cfg.windows, bullae=cfg.bullae)
+    given = choose_given(v[:, :4], cfg.given) if cfg.given else None
+    return loss(net, x0, t, eps, context=text, drop=u < cfg.drop, given=given, windows=cfg.windows, bullae=cfg.bullae)
 
 
 def low_samples(cfg, net, dataset, device, n=2):

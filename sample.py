@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def tidy_lobes(x, tolerance=0.1, reach=5):
 def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=()):
     """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume   text: (1,N,width) or None
     known: (1,4,G,G,G) clean channels on the full grid, of which `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
-    args: device, amp, slab, solver, low_steps, sr_steps, guidance, guidance_interval, agree, tidy as on the command line, and clean: {stage: `trained_given`}
+    args: device, amp, solver, low_steps, sr_steps, guidance, guidance_interval, agree, tidy as on the command line, clean: {stage: `trained_given`}, and
+        one_stage: whether stage 1 leaves the device before stage 2
 
     All noise comes from one CPU generator of the seed, so it does not depend on the device.
     """
@@ -156,21 +158,23 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
     generator = torch.Generator().manual_seed(seed)
 
     def noise(n):
-        return torch.randn(1, len(CHANNELS), n, n, n, generator=generator).to(device)
+        return torch.randn(1, len(CHANNELS), n, n, n, generator=generator)
 
     def bar(name):
         return partial(tqdm, desc=name, unit="step", leave=False)
 
     known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        x = ddim_sample(low_net.to(device), noise(grid), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"],
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp), ThreadPoolExecutor(1) as aside:
+        start = noise(grid)
+        later = aside.submit(noise, SCALE * grid) if sr_net is not None else None        # a third of a second at 256^3, while a GPU makes stage 1
+        x = ddim_sample(low_net.to(device), start.to(device), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"],
                         interval=args.guidance_interval, progress=bar("low resolution"), **options)
         if args.tidy and CHANNELS.index("ct") in fixed and lobe not in fixed and grid >= 64:      # 3 voxels of 32^3 are 3 cm: lobes are narrower
             x[0, lobe] = tidy_lobes(x[0, lobe].float(), tolerance=0.2, reach=3)
-        if args.slab:
-            low_net.cpu()                                                # its weights would take the memory that is to be saved
+        if args.one_stage:
+            low_net.cpu()                                                # its weights would take memory that stage 2 needs
         if sr_net is not None:
-            x = ddim_sample(sr_net, noise(SCALE * grid), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree,
+            x = ddim_sample(sr_net, later.result().to(device), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree,
                             progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
@@ -241,6 +245,7 @@ def sample(args):
                          "put weights of one size there or pass --stop-at-low")
     args.amp = fast_bfloat16(device) if args.amp is None else args.amp
     args.compile = device.startswith("cuda") if args.compile is None else args.compile
+    args.one_stage = args.slab > 0 or device.startswith("cuda") and torch.cuda.get_device_properties(device).total_memory < 16e9
     args.agree = sr_net is not None and agrees(args, sr_about)
     args.tidy = sr_net is not None and "step" in sr_about if args.tidy is None else args.tidy     # how the released weights number lobes is not known
     args.clean = {kind: trained_given(about) for kind, (_, about) in stages.items()}

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent.parent))                     # the repository's root: its scripts are the modules
 import numpy as np
@@ -28,21 +29,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import SCALE, Cases, exits, fast_bfloat16, keep_memory, upsample
-from diffusion import ddim_sample, times
+from data import SCALE, Cases, exits, fast_bfloat16, keep_memory
 from reference import Reference
+from sample import generate, place
 from unet3d import UNet3D
 
 STAGES = {"G": dict(heads=8), "H": dict(in_channels=8, heads=4, rounds=1, context_dim=0)}
 WIDTHS = {"cuda": (160, 56), "cpu": (32, 16)}                             # of G and H; the paper's are the first
-CASES = {                                                                 # name: stage, (D,H,W), step or forward, in --quick
-    "G_32_forward": ("G", (32, 32, 32), "forward", True), "G_32_step": ("G", (32, 32, 32), "step", True),
-    "G_64_forward": ("G", (64, 64, 64), "forward", True), "G_64_step": ("G", (64, 64, 64), "step", True),
-    "H_crop_step": ("H", (256, 72, 72), "step", True), "H_64x128x128_forward": ("H", (64, 128, 128), "forward", False),
-    "H_128_forward": ("H", (128, 128, 128), "forward", True), "H_256_forward": ("H", (256, 256, 256), "forward", False),
-    "H_256_forward_slab": ("H", (256, 256, 256), "slab", False), "H_256_step": ("H", (256, 256, 256), "step", False)}
+CASES = {                                                                 # name: stage, (B,D,H,W), step or forward, in --quick
+    "G_32_forward": ("G", (1, 32, 32, 32), "forward", True), "G_32_step": ("G", (1, 32, 32, 32), "step", True),
+    "G_64_forward": ("G", (1, 64, 64, 64), "forward", True), "G_64_guided": ("G", (2, 64, 64, 64), "forward", False), "G_64_step": ("G", (1, 64, 64, 64), "step", True),
+    "G_64_step_4": ("G", (4, 64, 64, 64), "step", False), "G_64_step_8": ("G", (8, 64, 64, 64), "step", False),
+    "H_crop_step": ("H", (1, 256, 72, 72), "step", True), "H_crop_step_4": ("H", (4, 256, 72, 72), "step", False), "H_64x128x128_forward": ("H", (1, 64, 128, 128), "forward", False),
+    "H_128_forward": ("H", (1, 128, 128, 128), "forward", True), "H_256_forward": ("H", (1, 256, 256, 256), "forward", False),
+    "H_256_forward_slab": ("H", (1, 256, 256, 256), "slab", False), "H_256_step": ("H", (1, 256, 256, 256), "step", False)}
+GPU_ONLY = {"G_64_guided", "G_64_step_4", "G_64_step_8", "H_crop_step_4", "H_256_step"}      # minutes a run, or more memory than there is, on a CPU
 FORMS = ["ours", "ours float32", "ours compiled", "ours blocks", "ours light", "reference", "reference kept", "reference autocast", "MONAI"]
-UNFIT = {"H_256_step": ["reference", "reference kept", "reference autocast", "ours float32"],          # 269 GiB; 99 GB
+LEAN = ["ours", "ours light", "reference autocast"]                       # what is compared where forms take turns in little memory
+UNFIT = {"H_256_step": [f for f in FORMS if f not in ("ours", "ours light")],          # the references need 269 GiB, ours in float32 99 GB
+         "G_64_step_4": [f for f in FORMS if f not in LEAN], "G_64_step_8": [f for f in FORMS if f not in LEAN], "H_crop_step_4": ["ours light", *(f for f in FORMS if f not in LEAN)],
          "H_crop_step": ["ours light", "reference kept"]}                 # light's sizes are multiples of 16; with both references 24 GB do not suffice
 
 
@@ -56,7 +61,7 @@ def network(stage, form, width, device, heavy=False):
         net = DiffusionModelUNet(3, text.get("in_channels", 4), 4, channels=(c, 2 * c, 4 * c, 8 * c), attention_levels=(False, False, False, stage == "G"),
                                  num_res_blocks=2, num_head_channels=32, norm_num_groups=8, with_conditioning=stage == "G",
                                  cross_attention_dim=768 if stage == "G" else None)
-        return net.to(device), False
+        return net.to(device), device == "cuda"
     net = UNet3D(width, **text, patch=2 if form == "ours light" else 1, checkpointing="blocks" if heavy or form == "ours blocks" else "norms" if form.startswith("ours") else "none")
     if form.startswith("reference"):
         return Reference(net).to(device), "autocast" in form
@@ -71,8 +76,8 @@ def job(case, form, width, device):
     stage, shape, mode, _ = CASES[case]
     net, amp = network(stage, form, width, device, heavy=case == "H_256_step")
     g = torch.Generator().manual_seed(1)
-    xt = torch.randn(1, 4 if stage == "G" else 8, *shape, generator=g).to(device)
-    t, context = torch.tensor([0.5], device=device), torch.randn(1, 192, 768, generator=g).to(device) if stage == "G" else None
+    xt = torch.randn(shape[0], 4 if stage == "G" else 8, *shape[1:], generator=g).to(device)
+    t, context = torch.full(shape[:1], 0.5, device=device), torch.randn(shape[0], 192, 768, generator=g).to(device) if stage == "G" else None
     call = lambda: net(xt, 1000 * t, context) if form == "MONAI" else net(xt, t, context)
     opt = torch.optim.AdamW(net.parameters(), fused=True) if mode == "step" else None
     net.train(mode == "step")
@@ -154,7 +159,7 @@ def tflop(case, width):
     stage, shape, mode, _ = CASES[case]
     with FakeTensorMode():                                                # shapes without numbers
         net = UNet3D(width, **STAGES[stage])
-        xt, t, context = torch.randn(1, net.args["in_channels"], *shape), torch.rand(1), torch.randn(1, 192, 768) if stage == "G" else None
+        xt, t, context = torch.randn(shape[0], net.args["in_channels"], *shape[1:]), torch.rand(shape[0]), torch.randn(shape[0], 192, 768) if stage == "G" else None
         with FlopCounterMode(display=False) as counter:
             y = net(xt, t, context)
             if mode == "step":
@@ -194,37 +199,46 @@ def measure(case, forms, width, device, repeats):
 # --- what is not a network call ---
 
 def sampling(device, repeats):
-    """A whole volume: the demo weights' sizes on a CPU, the paper's on a GPU, random weights.   -> {case: (seconds, peak MB or None)} of ours with
-    either solver and, "reference", the plain form with the paper's 50 + 20 steps"""
+    """A whole volume as sample.py makes it: the demo weights' sizes on a CPU, the paper's on a GPU, random weights.   -> {case: (seconds or None, peak MB or None)}
+    of ours with either solver; with one stage at a time on the GPU, as on cards of less than 16 GB, and in slabs (their peaks only); and, "reference", ten times
+    the plain form with a tenth of the paper's 50 + 20 steps"""
     (dim, sr_dim), grid, levels = ((160, 56), 64, 4) if device == "cuda" else ((16, 16), 32, 3)
     torch._dynamo.reset()
     gc.collect()
     torch.manual_seed(0)
-    low, sr = UNet3D(dim, levels=levels, **STAGES["G"]).eval(), UNet3D(sr_dim, levels=levels, **STAGES["H"]).eval()
+    nets = [UNet3D(dim, levels=levels, **STAGES["G"]), UNet3D(sr_dim, levels=levels, **STAGES["H"])]
+    plain = [Reference(net).eval() for net in nets]                       # stays on the CPU until its turn
     context = torch.randn(1, 192, 768, device=device)
-    ours, plain = (low, sr), (Reference(low).eval(), Reference(sr).eval())
-    for net in (*ours, *plain):
-        net.to(device)
-        if device == "cuda" and isinstance(net, UNet3D):
-            net.compile_blocks()
-    cases, peaks = {"sampling_50_20": (ours, 50, 20, 1), "sampling_dpm_20_10": (ours, 20, 10, 2), "reference": (plain, 50, 20, 1)}, {}
+    usual = dict(device=device, amp=fast_bfloat16(device), compile=device == "cuda", slab=0, one_stage=False, guidance=2.0, guidance_interval=(0.0, 1.0), agree=False, tidy=False,
+                 clean=dict(low=False, sr=False))
+    for net in nets:
+        place(net, device, SimpleNamespace(**usual))
+    cases = {"sampling_50_20": (50, 20, "ddim"), "sampling_dpm_20_10": (20, 10, "dpm"), "sampling_one_stage": (50, 20, "ddim"), "sampling_slab": (50, 20, "ddim"), "reference": (5, 2, "ddim")}
+    seconds, peaks = {case: [] for case in cases}, {}
 
-    def run(nets, low_steps, sr_steps, order):
-        with torch.autocast(device, torch.bfloat16, enabled=nets is ours and fast_bfloat16(device)):
-            x = ddim_sample(nets[0], torch.randn(1, 4, grid, grid, grid, device=device), times(low_steps), context, 2.0, order=order)
-            ddim_sample(nets[1], torch.randn(1, 4, *[SCALE * grid] * 3, device=device), times(sr_steps, order), low=upsample(x), order=order)
+    def run(case, steps=()):
+        low_steps, sr_steps, solver = (*steps, *cases[case][len(steps):])
+        mine, amp = (plain, False) if case == "reference" else (nets, usual["amp"])
+        for net in nets:
+            net.slab = 16 if case == "sampling_slab" else 0
+        how = usual | dict(amp=amp, one_stage=case in ("sampling_one_stage", "sampling_slab"), low_steps=low_steps, sr_steps=sr_steps, solver=solver)
+        generate(*mine, 0, grid, SimpleNamespace(**how), context, None, [])
+
     if device == "cuda":
-        for case, (nets, _, _, order) in cases.items():
-            run(nets, 2, 2, order)                                        # compiles; what is held does not grow with the steps
+        for case in list(cases)[:-1]:
+            run(case, (2, 2))                                             # compiles; what is held does not grow with the steps
             torch.cuda.reset_peak_memory_stats()
-            run(nets, 2, 2, order)
-            others = sum(p.numel() * p.element_size() for net in (plain if nets is ours else ours) for p in net.parameters())
-            peaks[case] = (torch.cuda.max_memory_allocated() - others) / 1e6
-    seconds = {case: [] for case in cases}
+            run(case, (2, 2))
+            peaks[case] = torch.cuda.max_memory_allocated() / 1e6
+        for net in (*nets, *plain):
+            net.to(device)
+        run("reference", (1, 1))                                          # chooses algorithms
     for _ in range(repeats):
-        for case, how in cases.items():
-            seconds[case].append(clock(lambda: run(*how), device))
-    return {case: (statistics.median(seconds[case]), peaks.get(case)) for case in cases}
+        for case in cases:
+            if case not in ("sampling_one_stage", "sampling_slab"):
+                seconds[case].append(clock(lambda: run(case), device))
+    seconds["reference"] = [10 * s for s in seconds["reference"]]
+    return {case: (statistics.median(seconds[case]) if seconds[case] else None, peaks.get(case)) for case in cases}
 
 
 def text_tokens(device):
@@ -281,7 +295,7 @@ def bench(args):
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, ceiling {top:.2f} TFLOP/s, widths G {widths['G']}, H {widths['H']}, "
           f"{args.repeats} repeats, float32 as TF32 in products {torch.backends.cuda.matmul.allow_tf32}, in convolutions {torch.backends.cudnn.allow_tf32}", file=sys.stderr)
     for case, (stage, _, mode, quick) in CASES.items():
-        if args.only and case not in args.only or args.quick and not quick or case == "H_256_step" and device == "cpu":
+        if args.only and case not in args.only or args.quick and not quick or case in GPU_ONLY and device == "cpu":
             continue
         fit = [f for f in forms if f not in UNFIT.get(case, []) and not (f in ("ours light", "MONAI") and (stage == "G") != (f == "MONAI"))
                and not (f == "ours blocks" and mode != "step")]
@@ -297,7 +311,8 @@ def bench(args):
         found = sampling(device, args.repeats)
         ref, ref_peak = found.pop("reference")
         for case, (seconds, peak) in found.items():
-            say(args, case=case, seconds=seconds, reference_seconds=ref, ratio=ref / seconds, peak_mb=peak, reference_peak_mb=ref_peak)
+            if seconds or peak:
+                say(args, case=case, seconds=seconds, reference_seconds=ref, ratio=seconds and ref / seconds, peak_mb=peak, reference_peak_mb=ref_peak)
     if wanted("text_encoder"):
         rate = text_tokens(device)
         say(args, case="text_encoder", tokens_per_s=rate, note=f"   {rate:.0f} tokens/s")

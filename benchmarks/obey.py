@@ -292,7 +292,7 @@ def main(argv=None):
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
         args.device = choose_device(args.device)
-        args.amp, args.slab, args.compile, args.tidy = fast_bfloat16(args.device), 0, args.device.startswith("cuda"), True
+        args.amp, args.slab, args.one_stage, args.compile, args.tidy = fast_bfloat16(args.device), 0, False, args.device.startswith("cuda"), True
         model = Model(args)
         model.order = 2 if args.solver == "dpm" else 1
         if model.sr is None and {"full", "anatomy", "segmentation", "detail"} & set(args.parts):

@@ -20,7 +20,7 @@ def conv3d(m):
         new = kind(m.in_channels, m.out_channels, (1, *m.kernel_size), (1, *m.stride), (0, *m.padding))
         new.weight.data = m.weight.data[:, :, None].contiguous()
     elif isinstance(m, nn.Conv3d):
-        new = copy.deepcopy(m)
+        new = nn.Conv3d(m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding)
         new.weight.data = m.weight.data.contiguous()
     else:
         return m

@@ -31,7 +31,7 @@ def test_the_reference_is_the_same_network(options, channels):
 
 def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsys):
     assert {"G_64_forward", "G_64_step", "H_crop_step", "H_128_forward"} <= {name for name, case in bench.CASES.items() if case[3]}
-    monkeypatch.setattr(bench, "CASES", {"G_8_step": ("G", (8, 8, 8), "step", True), "H_8_slab": ("H", (8, 8, 8), "slab", True)})
+    monkeypatch.setattr(bench, "CASES", {"G_8_step": ("G", (1, 8, 8, 8), "step", True), "H_8_slab": ("H", (2, 8, 8, 8), "slab", True)})
     monkeypatch.setattr(bench, "WIDTHS", {"cpu": (8, 8)})
     monkeypatch.setattr(bench, "on_cpu", lambda case, form, width: (partial(bench.clock, bench.job(case, form, width, "cpu"), "cpu"), 1.0))
     bench.main(["--quick", "--json", "--repeats", "2", "--device", "cpu"])

@@ -185,7 +185,7 @@ def test_a_ct_s_lobes_are_tidied_at_low_resolution_where_lobes_are_wide_enough(m
     monkeypatch.setattr(sample, "tidy_lobes", lambda x, tolerance, reach: torch.full_like(x, -0.2))
     monkeypatch.setattr(sample, "ddim_sample", lambda net, noise, *a, **k: torch.zeros_like(noise))
     for grid, fixed, tidy, tidied in ((64, [0], True, True), (64, [0], False, False), (64, [], True, False), (64, [2], True, False), (64, [0, 1], True, False), (32, [0], True, False)):
-        args = SimpleNamespace(device="cpu", amp=False, slab=0, solver="ddim", low_steps=1, guidance=1.0, guidance_interval=(0, 1), tidy=tidy, clean={"low": False})
+        args = SimpleNamespace(device="cpu", amp=False, one_stage=False, solver="ddim", low_steps=1, guidance=1.0, guidance_interval=(0, 1), tidy=tidy, clean={"low": False})
         x = sample.generate(torch.nn.Identity(), None, 0, grid, args, fixed=fixed)
         assert (x[1] == -0.2).all() == tidied and (x[[0, 2, 3]] == 0).all()
 

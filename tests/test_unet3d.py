@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import golden
 import unet3d
-from unet3d import UNet3D, from_released, native_norm, rename, split_norm
+from unet3d import Stem, UNet3D, from_released, native_norm, rename, split_norm
 
 
 def error(a, b):
@@ -126,6 +126,14 @@ def test_slabs_give_the_whole_volume(size):
         whole = net(x, t)
         net.slab = size
         assert error(net(x, t), whole) < 2e-5 * whole.abs().max()
+
+
+def test_the_stem_over_slices_is_its_convolution():
+    torch.manual_seed(0)
+    stem, x = Stem(4, 8, 7, padding=3), torch.randn(2, 4, 5, 8, 9).contiguous(memory_format=torch.channels_last_3d)
+    assert error(stem.as_2d(x), stem(x)) < 1e-5 and stem.as_2d(x).is_contiguous(memory_format=torch.channels_last_3d)
+    grads = [torch.autograd.grad(f(x).square().mean(), stem.parameters()) for f in (stem, stem.as_2d)]
+    assert all(error(a, b) < 1e-5 for a, b in zip(*grads))
 
 
 def test_slabs_agree_with_the_original():

@@ -51,8 +51,9 @@ UNFIT = {"H_256_step": [f for f in FORMS if f not in ("ours", "ours light")],   
          "H_crop_step": ["ours light", "reference kept"]}                 # light's sizes are multiples of 16; with both references 24 GB do not suffice
 
 
-def network(stage, form, width, device, heavy=False):
-    """-> network, whether it runs under bf16 autocast"""
+def network(case, form, width, device):
+    """-> network, whether it runs under bf16 autocast; ours as train_low.py or sample.py has it"""
+    stage, _, mode, _ = CASES[case]
     text = STAGES[stage]
     torch.manual_seed(0)
     if form == "MONAI":
@@ -62,27 +63,27 @@ def network(stage, form, width, device, heavy=False):
                                  num_res_blocks=2, num_head_channels=32, norm_num_groups=8, with_conditioning=stage == "G",
                                  cross_attention_dim=768 if stage == "G" else None)
         return net.to(device), device == "cuda"
-    net = UNet3D(width, **text, patch=2 if form == "ours light" else 1, checkpointing="blocks" if heavy or form == "ours blocks" else "norms" if form.startswith("ours") else "none")
+    net = UNet3D(width, **text, patch=2 if form == "ours light" else 1, checkpointing="blocks" if case == "H_256_step" or form == "ours blocks" else "norms" if form.startswith("ours") else "none")
     if form.startswith("reference"):
         return Reference(net).to(device), "autocast" in form
-    net.to(device)
-    if form == "ours compiled" or device == "cuda" and form in ("ours", "ours light"):
-        net.compile_blocks()
-    return net, form != "ours float32" and fast_bfloat16(device)
+    amp, compiled = form != "ours float32" and fast_bfloat16(device), form == "ours compiled" or device == "cuda" and form in ("ours", "ours light")
+    if mode != "step":
+        place(net, device, SimpleNamespace(slab=16 if mode == "slab" else 0, amp=amp, compile=compiled))
+    elif compiled:
+        net.to(device).compile_blocks()
+    return net.to(device), amp
 
 
 def job(case, form, width, device):
     """-> a function that runs the case once"""
     stage, shape, mode, _ = CASES[case]
-    net, amp = network(stage, form, width, device, heavy=case == "H_256_step")
+    net, amp = network(case, form, width, device)
     g = torch.Generator().manual_seed(1)
     xt = torch.randn(shape[0], 4 if stage == "G" else 8, *shape[1:], generator=g).to(device)
     t, context = torch.full(shape[:1], 0.5, device=device), torch.randn(shape[0], 192, 768, generator=g).to(device) if stage == "G" else None
     call = lambda: net(xt, 1000 * t, context) if form == "MONAI" else net(xt, t, context)
     opt = torch.optim.AdamW(net.parameters(), fused=True) if mode == "step" else None
     net.train(mode == "step")
-    if mode == "slab" and form.startswith("ours"):
-        net.slab = 16
 
     def run():
         with torch.autocast(device, torch.bfloat16, enabled=amp):
@@ -124,7 +125,12 @@ def on_gpu(case, form, width):
     run()                                                                 # compiles, chooses algorithms, fills caches
     torch.cuda.reset_peak_memory_stats()
     run()
-    return lambda: clock(run, "cuda"), (torch.cuda.max_memory_allocated() - before) / 1e6
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+
+    def again():
+        run()                                                             # takes back the memory that the form before has freed
+        return clock(run, "cuda")
+    return again, peak
 
 
 def on_cpu(case, form, width):

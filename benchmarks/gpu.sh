@@ -1,6 +1,7 @@
 #!/bin/sh
-# Everything that waits for a GPU, in the order of its worth, in parts of some ten minutes each on one H100 or H200:
-#     for part in bench checks sampling small-data small-low small-sr large-data large-low large-sr; do sh benchmarks/gpu.sh $part; done
+# Everything that needs a GPU, in the order of its worth, in parts, so that it can be rented by the quarter of an hour:
+#     for part in sampling bench-g bench-h bench-large checks small-data small-low small-sr large-data large-low large-sr; do sh benchmarks/gpu.sh $part; done
+# Most cases of the first four, and the tests of the fifth, ran on an H200 (gpu.json holds them); training of the demo weights, the rest, has not.
 # Results go to $OUT (default benchmarks/gpu), as one archive a part; phantoms and runs stay in data/ and runs/; the phantoms of small-data take 17 GB, those of large-data 26.
 # It needs torch, transformers, numpy, scipy, safetensors, tqdm, matplotlib and pytest; no NIfTI is read.
 set -u
@@ -12,10 +13,14 @@ bench() { timeout 580 $PY benchmarks/bench.py --device cuda --json "$@" >> "$LOG
 run() { timeout 560 $PY "$@" >> "$LOGS/$part.log" 2>&1; }
 
 case $part in
-bench)                                                                    # the paper's sizes, ours compiled, beside the plain form in float32 and under autocast
-    bench --repeats 3 --only G_64_forward G_64_step H_crop_step H_128_forward G_32_forward G_32_step H_256_forward H_256_forward_slab H_256_step text_encoder loader ;;
 sampling)                                                                 # a whole 256^3 volume
-    bench --repeats 2 --only sampling ;;
+    bench --repeats 3 --only sampling ;;
+bench-g)                                                                  # the paper's sizes, ours compiled, beside the plain form in float32 and under autocast
+    bench --repeats 7 --only G_64_step G_64_forward --forms reference "reference autocast" MONAI ;;
+bench-h)
+    bench --repeats 5 --only H_256_forward H_crop_step H_128_forward --forms "ours light" reference "reference autocast" ;;
+bench-large)                                                              # what fills a card
+    bench --repeats 3 --only G_64_step_4 H_256_step H_256_forward_slab G_64_guided G_64_step_8 H_crop_step_4 text_encoder loader --forms "reference autocast" ;;
 checks)
     run -m pytest -v tests/test_gpu.py ;;
 small-data)                                                               # 32^3 -> 128^3: phantoms and their text
@@ -40,7 +45,7 @@ large-sr)
     run train_sr.py --preset demo-256 --init runs/sr/sr.safetensors --batch 8 --micro 8 --steps 10000 --cool 0 --lr 3e-4 --workers 4 --save_every 1000 --show_every 5000 --data data/train256 --out runs/sr256
     cp runs/sr256/sr.safetensors runs/sr256/loss.csv "$LOGS/" ;;
 *)
-    echo "usage: sh benchmarks/gpu.sh bench|checks|sampling|small-data|small-low|small-sr|large-data|large-low|large-sr" >&2
+    echo "usage: sh benchmarks/gpu.sh sampling|bench-g|bench-h|bench-large|checks|small-data|small-low|small-sr|large-data|large-low|large-sr" >&2
     exit 2 ;;
 esac
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader > "$LOGS/device.txt"

@@ -36,6 +36,7 @@ from unet3d import UNet3D
 
 STAGES = {"G": dict(heads=8), "H": dict(in_channels=8, heads=4, rounds=1, context_dim=0)}
 WIDTHS = {"cuda": (160, 56), "cpu": (32, 16)}                             # of G and H; the paper's are the first
+WHOLE = {"cuda": (160, 56, 64, 4), "cpu": (16, 16, 32, 3)}                # widths, low-resolution grid and levels of a whole sampling: the paper's, and the demo's
 CASES = {                                                                 # name: stage, (B,D,H,W), step or forward, in --quick
     "G_32_forward": ("G", (1, 32, 32, 32), "forward", True), "G_32_step": ("G", (1, 32, 32, 32), "step", True),
     "G_64_forward": ("G", (1, 64, 64, 64), "forward", True), "G_64_guided": ("G", (2, 64, 64, 64), "forward", False), "G_64_step": ("G", (1, 64, 64, 64), "step", True),
@@ -205,10 +206,10 @@ def measure(case, forms, width, device, repeats):
 # --- what is not a network call ---
 
 def sampling(device, repeats):
-    """A whole volume as sample.py makes it: the demo weights' sizes on a CPU, the paper's on a GPU, random weights.   -> {case: (seconds or None, peak MB or None)}
+    """A whole volume as sample.py makes it, from random weights.   -> {case: (seconds or None, peak MB or None)}
     of ours with either solver; with one stage at a time on the GPU, as on cards of less than 16 GB, and in slabs (their peaks only); and, "reference", ten times
     the plain form with a tenth of the paper's 50 + 20 steps"""
-    (dim, sr_dim), grid, levels = ((160, 56), 64, 4) if device == "cuda" else ((16, 16), 32, 3)
+    dim, sr_dim, grid, levels = WHOLE[device]
     torch._dynamo.reset()
     gc.collect()
     torch.manual_seed(0)

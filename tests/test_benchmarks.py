@@ -40,6 +40,17 @@ def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsy
     assert all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) and r["peak_mb"] == r["reference_peak_mb"] == 1 and r["tflop"] > 0 for r in rows)
 
 
+def test_sampling_is_timed_with_both_solvers(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "WHOLE", {"cpu": (8, 8, 8, 1)})
+    monkeypatch.setattr(bench, "STAGES", {"G": dict(heads=1), "H": dict(in_channels=8, heads=1, rounds=1, context_dim=0)})
+    called = []
+    monkeypatch.setattr(bench, "generate", lambda low, sr, seed, grid, args, *rest: called.append((type(low).__name__, args.low_steps, args.sr_steps, args.solver)))
+    bench.main(["--json", "--repeats", "1", "--device", "cpu", "--only", "sampling"])
+    assert called == [("UNet3D", 50, 20, "ddim"), ("UNet3D", 20, 10, "dpm"), ("Reference", 5, 2, "ddim")]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["case"] for r in rows] == ["sampling_50_20", "sampling_dpm_20_10"] and all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) for r in rows)
+
+
 def test_checkpointing_holds_less():
     """Against float32 norms and nothing recomputed: a third, and a seventh."""
     none, norms, blocks = (growth.held_for_backward((16, 32, 32), dim=16, levels=2, heads=2, in_channels=8, rounds=1, context_dim=0, checkpointing=c)

@@ -149,7 +149,7 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
     """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume   text: (1,N,width) or None
     known: (1,4,G,G,G) clean channels on the full grid, of which `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
     args: device, amp, solver, low_steps, sr_steps, guidance, guidance_interval, agree, tidy as on the command line, clean: {stage: `trained_given`}, and
-        one_stage: whether stage 1 leaves the device before stage 2
+        one_stage: whether stage 1 leaves the device before stage 2; on a CPU its weights are lost then
 
     All noise comes from one CPU generator of the seed, so it does not depend on the device.
     """
@@ -171,9 +171,9 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
                         interval=args.guidance_interval, progress=bar("low resolution"), **options)
         if args.tidy and CHANNELS.index("ct") in fixed and lobe not in fixed and grid >= 64:      # 3 voxels of 32^3 are 3 cm: lobes are narrower
             x[0, lobe] = tidy_lobes(x[0, lobe].float(), tolerance=0.2, reach=3)
-        if args.one_stage:
-            low_net.cpu()                                                # its weights would take memory that stage 2 needs
         if sr_net is not None:
+            if args.one_stage:
+                low_net.to("meta" if device.type == "cpu" else "cpu")    # its weights take memory that stage 2 needs; meta is nowhere
             x = ddim_sample(sr_net, later.result().to(device), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree,
                             progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
@@ -282,6 +282,9 @@ def sample(args):
         middle = (grid_affine(SCALE * grid, center) @ [last / 2, last / 2, last / 2, 1])[:3]
     for name, text, seed in names:
         began = time.time()
+        if low_net.out.weight.is_meta:                                   # `generate` dropped its weights
+            low_net = load_stages(args.model)["low"][0]
+            place(low_net, device, args)
         x = generate(low_net, sr_net, seed, grid, args, contexts[text], known, fixed)
         about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, " + (f"fixed: {', '.join(CHANNELS[c] for c in fixed)}" if fixed else "nothing fixed"),
                      text=text, seed=seed, center_ras_mm=list(center), seconds=round(time.time() - began, 1), arguments=vars(args),

@@ -83,6 +83,11 @@ def keep_memory():
     mallopt(-1, 2**31 - 1)                                               # M_TRIM_THRESHOLD: which is not given back
 
 
+def release_memory():
+    """Give memory of freed tensors back to the system, which glibc does by itself only with blocks of more than some 32 MB. Elsewhere nothing happens."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
+
+
 # --- values: HU and labels <-> [-1,1] ---
 
 def encode(name, a):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, fast_bfloat16, grid_affine, keep_memory, picture, read_report, read_safetensors, save_nifti,
+from data import (CHANNELS, FOV, MASKS, SCALE, choose_device, decode, encode, exits, fast_bfloat16, grid_affine, keep_memory, picture, read_report, read_safetensors, release_memory, save_nifti,
                   to_model, upsample)
 from diffusion import ddim_sample, times
 from unet3d import UNet3D, from_released
@@ -174,6 +174,7 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
         if sr_net is not None:
             if args.one_stage:
                 low_net.to("meta" if device.type == "cpu" else "cpu")    # its weights take memory that stage 2 needs; meta is nowhere
+                release_memory()
             x = ddim_sample(sr_net, later.result().to(device), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree,
                             progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():

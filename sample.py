@@ -164,10 +164,10 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
         return partial(tqdm, desc=name, unit="step", leave=False)
 
     known_low = None if known is None else known[..., ::SCALE, ::SCALE, ::SCALE]
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp), ThreadPoolExecutor(1) as aside:
-        start = noise(grid)
-        later = aside.submit(noise, SCALE * grid) if sr_net is not None else None        # a third of a second at 256^3, while a GPU makes stage 1
-        x = ddim_sample(low_net.to(device), start.to(device), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"],
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp), ThreadPoolExecutor(1) as thread:
+        low_noise = noise(grid)
+        sr_noise = thread.submit(noise, SCALE * grid) if sr_net is not None else None    # a third of a second at 256^3, while a GPU makes stage 1
+        x = ddim_sample(low_net.to(device), low_noise.to(device), times(args.low_steps), text, args.guidance, known_low, clean=args.clean["low"],
                         interval=args.guidance_interval, progress=bar("low resolution"), **options)
         if args.tidy and CHANNELS.index("ct") in fixed and lobe not in fixed and grid >= 64:      # 3 voxels of 32^3 are 3 cm: lobes are narrower
             x[0, lobe] = tidy_lobes(x[0, lobe].float(), tolerance=0.2, reach=3)
@@ -175,7 +175,7 @@ def generate(low_net, sr_net, seed, grid, args, text=None, known=None, fixed=())
             if args.one_stage:
                 low_net.to("meta" if device.type == "cpu" else "cpu")    # its weights take memory that stage 2 needs; meta is nowhere
                 release_memory()
-            x = ddim_sample(sr_net, later.result().to(device), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree,
+            x = ddim_sample(sr_net, sr_noise.result().to(device), times(args.sr_steps, order), known=known, clean=args.clean["sr"], low=upsample(x), agreeing=args.agree,
                             progress=bar("super-resolution"), **options)
     if not torch.isfinite(x).all():
         raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")

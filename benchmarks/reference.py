@@ -1,5 +1,6 @@
-"""The network of unet3d.py written the plain way, as the bar to beat: 5D convolutions with contiguous memory, attention by two einsums,
-norm, scale, shift and SiLU as separate operations, and no checkpointing. Same weights, same result; in float32 this is how the released code runs.
+"""The network of unet3d.py written the plain way, as the bar to beat: 5D convolutions with contiguous memory, attention
+by two einsums, norm, scale, shift and SiLU as separate operations, and nothing recomputed. Same weights, same result;
+in float32 this is how the released code runs.
 """
 import copy
 
@@ -7,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unet3d import HEAD_DIM, Pointwise, SliceConv, SliceUp, sinusoidal
+from support.fast import Pointwise, SliceConv, SliceUp
+from unet3d import HEAD_DIM, sinusoidal
 
 
 def conv3d(m):
-    """SliceConv, SliceUp or Pointwise as the 5D convolution that it stands for; other modules as they are, with contiguous weights."""
+    """SliceConv, SliceUp or Pointwise as the 5D convolution that it stands for; other modules as they are, with
+    contiguous weights."""
     if isinstance(m, Pointwise):
         new = nn.Conv3d(m.in_features, m.out_features, 1)
         new.weight.data = m.weight.data[:, :, None, None, None]
@@ -35,7 +38,7 @@ def swap(module):
 
 
 class Reference(nn.Module):
-    """net: a UNet3D with patch 1, bottom "plane".   forward as UNet3D.forward"""
+    """net: a UNet3D with bottom "plane".   forward as UNet3D.forward"""
 
     def __init__(self, net):
         super().__init__()
@@ -65,12 +68,13 @@ class Reference(nn.Module):
         elif drop is not None:
             context = torch.where(drop[:, None, None], net.null_text, context)
         temb = net.time(sinusoidal(1000 * t, net.dim))
-        x = r = net.stem(xt)
+        x = r = net.stem(xt.contiguous())                # diffusion.beside lays it out for ours
         skips = []
         for down in net.downs:
             x = self.block(down.slice2, self.block(down.slice1, x, temb), temb)
             skips.append(x)
             x = self.block(down.volume, down.resize(x), temb)
+
         x = self.block(net.first, x, temb)
         for i in net.rounds:
             B, C, D, H, W = x.shape
@@ -81,6 +85,7 @@ class Reference(nn.Module):
                 tokens = tokens + self.attention(i.cross, i.cross_norm(tokens), context)
             x = self.block(i.volume, tokens.reshape(B, D, H, W, C).permute(0, 4, 1, 2, 3).contiguous(), temb)
         x = self.block(net.last, x, temb)
+
         for up in net.ups:
             x = self.block(up.slice2, self.block(up.slice1, torch.cat([x, skips.pop()], dim=1), temb), temb)
             x = up.resize(self.block(up.volume, x, temb))

@@ -1,6 +1,7 @@
 """Golden numbers of the original network, sampler and losses: random weights, inputs and outputs, made once in float32.
 
-To stay small the weights, which are bfloat16 numbers, are stored as such, and outputs as every second voxel (`[EVERY]`).
+To stay small the weights, which are bfloat16 numbers, are stored as such, and outputs as every second voxel
+(`[EVERY]`).
 """
 import json
 import lzma
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unet3d import from_released
+from support.released import from_released
+from unet3d import UNet3D
 
 FOLDER = Path(__file__).parent / "golden"
 EVERY = np.s_[..., ::2, ::2, ::2]
@@ -31,11 +33,11 @@ def weights(name):
         size = int(np.prod(shape))
         state[key] = flat[start:start + size].reshape(shape)
         start += size
-    for key in [k for k in state if k.startswith("mid_spatial_attn1.fn.fn")]:      # the released form stores these four times
+    for key in [k for k in state if k.startswith("mid_spatial_attn1.fn.fn")]:      # the released form has these 4 times
         state.update({key.replace("attn1", f"attn{i}"): state[key] for i in (2, 3, 4)})
     return state
 
 
 def network(name):
     """The golden network, loaded by the code under test."""
-    return from_released(weights(name)).eval()
+    return from_released(weights(name), UNet3D).eval()

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(FOLDER))
-
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench
 import growth
 import obey
@@ -18,8 +16,10 @@ import steps
 from reference import Reference
 from unet3d import UNet3D
 
+G, H = dict(context_dim=16, tokens=5, heads=2), dict(in_channels=8, rounds=1, context_dim=0, heads=2)
 
-@pytest.mark.parametrize("options, channels", [(dict(context_dim=16, tokens=5, heads=2), 4), (dict(in_channels=8, rounds=1, context_dim=0, heads=2), 8)])
+
+@pytest.mark.parametrize("options, channels", [(G, 4), (H, 8)])
 def test_the_reference_is_the_same_network(options, channels):
     torch.manual_seed(0)
     net = UNet3D(8, levels=3, **options)
@@ -30,36 +30,59 @@ def test_the_reference_is_the_same_network(options, channels):
 
 
 def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsys):
-    assert {"G_64_forward", "G_64_step", "H_crop_step", "H_128_forward"} <= {name for name, case in bench.CASES.items() if case[3]}
-    monkeypatch.setattr(bench, "CASES", {"G_8_step": ("G", (1, 8, 8, 8), "step", True), "H_8_slab": ("H", (2, 8, 8, 8), "slab", True)})
+    quick = {name for name, case in bench.CASES.items() if case[3]}
+    assert {"G_64_forward", "G_64_step", "H_crop_step", "H_128_forward"} <= quick
+    tiny = {"G_8_step": ("G", (1, 8, 8, 8), "step", True), "H_8_slab": ("H", (2, 8, 8, 8), "slab", True)}
+    monkeypatch.setattr(bench, "CASES", tiny)
     monkeypatch.setattr(bench, "WIDTHS", {"cpu": (8, 8)})
-    monkeypatch.setattr(bench, "on_cpu", lambda case, form, width: (partial(bench.clock, bench.job(case, form, width, "cpu"), "cpu"), 1.0))
+    monkeypatch.setattr(bench, "on_cpu", lambda case, form, width: (
+        partial(bench.clock, bench.job(case, form, width, "cpu"), "cpu"), 1.0))
     bench.main(["--quick", "--json", "--repeats", "2", "--device", "cpu"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["case"] for r in rows] == ["G_8_step", "H_8_slab"]
-    assert all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) and r["peak_mb"] == r["reference_peak_mb"] == 1 and r["tflop"] > 0 for r in rows)
+    for r in rows:
+        assert r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"])
+        assert r["peak_mb"] == r["reference_peak_mb"] == 1 and r["tflop"] > 0
+
+
+@pytest.mark.parametrize("form", ["ours", "ours blocks", "ours light"])
+def test_every_form_of_ours_is_trained(monkeypatch, form):
+    monkeypatch.setattr(bench, "CASES", {"H_16_step": ("H", (1, 16, 16, 16), "step", True)})
+    net, _ = bench.network("H_16_step", form, 8, "cpu")
+    before = [p.clone() for p in net.parameters()]
+    monkeypatch.setattr(bench, "network", lambda *which: (net, False))
+    bench.job("H_16_step", form, 8, "cpu")()
+    assert any((p != q).any() for p, q in zip(net.parameters(), before))
 
 
 def test_sampling_is_timed_with_both_solvers(monkeypatch, capsys):
     monkeypatch.setattr(bench, "WHOLE", {"cpu": (8, 8, 8, 1)})
-    monkeypatch.setattr(bench, "STAGES", {"G": dict(heads=1), "H": dict(in_channels=8, heads=1, rounds=1, context_dim=0)})
+    stages = {"G": dict(heads=1), "H": dict(in_channels=8, heads=1, rounds=1, context_dim=0)}
+    monkeypatch.setattr(bench, "STAGES", stages)
     called = []
-    monkeypatch.setattr(bench, "generate", lambda low, sr, seed, grid, args, *rest: called.append((type(low).__name__, args.low_steps, args.sr_steps, args.solver)))
+
+    def generate(low, sr, grid, seed, s, *rest):
+        called.append((type(low).__name__, s["low_steps"], s["sr_steps"], s["solver"], s["beyond"]))
+
+    monkeypatch.setattr(bench, "generate", generate)
     bench.main(["--json", "--repeats", "1", "--device", "cpu", "--only", "sampling"])
-    assert called == [("UNet3D", 50, 20, "ddim"), ("UNet3D", 20, 10, "dpm"), ("Reference", 5, 2, "ddim")]
+    assert called == [("UNet3D", 50, 20, "ddim", []), ("UNet3D", 20, 10, "dpm", ["solver"]),
+                      ("Reference", 5, 2, "ddim", [])]
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r["case"] for r in rows] == ["sampling_50_20", "sampling_dpm_20_10"] and all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) for r in rows)
+    assert [r["case"] for r in rows] == ["sampling_50_20", "sampling_dpm_20_10"]
+    assert all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) for r in rows)
 
 
-def test_checkpointing_holds_less():
+def test_recomputation_holds_less():
     """Against float32 norms and nothing recomputed: a third, and a seventh."""
-    none, norms, blocks = (growth.held_for_backward((16, 32, 32), dim=16, levels=2, heads=2, in_channels=8, rounds=1, context_dim=0, checkpointing=c)
-                           for c in ("none", "norms", "blocks"))
+    none, norms, blocks = (growth.held_for_backward((16, 32, 32), how, dim=16, levels=2, **H)
+                           for how in ("none", "norms", "blocks"))
     assert norms < none / 3 and blocks < none / 6
 
 
+@pytest.mark.slow
 def test_slabs_hold_less():
-    whole, slabs = (growth.peak_of_inference((128, 128, 128), slab, dim=16, in_channels=8, heads=2, rounds=1, context_dim=0, levels=3) for slab in (0, 4))
+    whole, slabs = (growth.peak_of_inference((128, 128, 128), slab, dim=16, levels=3, **H) for slab in (0, 4))
     assert slabs < 0.8 * whole
 
 
@@ -71,6 +94,7 @@ def test_the_ledger_counts_what_is_alive():
         assert ledger.held() == 4000 and len(view) == 10
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own():
     run, peak = bench.on_cpu("G_32_forward", "ours", 8)
     assert 5 < peak < 2000 and 0 < run() < 60
@@ -79,20 +103,28 @@ def test_memory_is_that_of_a_process_of_its_own():
 
 
 def test_the_distance_from_the_limit_is_nothing_at_the_limit():
-    x = torch.rand(1, 4, 4, 4, 4) * 2 - 1
+    x, order = torch.rand(1, 4, 4, 4, 4) * 2 - 1, {"ddim": 1, "dpm": 2}
     assert steps.distance(x, x) == [0, 0, 0]
-    found = steps.curve(lambda seed, n, order: x + 1 / n**order, (2, 4), 10**9, [0])
-    assert found["ddim"][0][1] == pytest.approx(0.5, abs=1e-4) and found["dpm"][1][1] == pytest.approx(1 / 16, abs=1e-4)
+    found = steps.curve(lambda seed, n, solver: x + 1 / n ** order[solver], (2, 4), 10**9, [0])
+    assert found["ddim"][0][1] == pytest.approx(0.5, abs=1e-4)
+    assert found["dpm"][1][1] == pytest.approx(1 / 16, abs=1e-4)
 
 
 def test_obedience_is_what_the_paper_compares():
-    asked = obey.conditions(8)
-    good = [(r, dict(effusion=1000.0 * (r["effusion"] != "none") + 1, left=900.0 * (r["effusion"] == "left"), right=900.0 * (r["effusion"] == "right"),
-                     ctr=0.45 + 0.2 * r["cardiomegaly"] + 0.001 * i, laa=0.1 + 5 * r["bullae"] + 0.001 * i, airway=1.0)) for i, r in enumerate(asked)]
+    good = []
+    for i, r in enumerate(obey.conditions(8)):
+        side, faint = r["effusion"], 0.001 * i
+        good.append((r, dict(effusion=1000.0 * (side != "none") + 1, left=900.0 * (side == "left"),
+                             right=900.0 * (side == "right"), ctr=0.45 + 0.2 * r["cardiomegaly"] + faint,
+                             laa=0.1 + 5 * r["bullae"] + faint, airway=1.0)))
     got = obey.compare(good)
-    assert got["side right"] == 1 and got["effusion ratio"] == pytest.approx(1001) and got["effusion lowest large, mL"] > got["effusion highest none, mL"]
-    assert got["ctr cardiomegaly"] - got["ctr normal"] == pytest.approx(0.2, abs=2e-3) and got["ctr p"] < 1e-3 and got["laa ratio"] > 10
-    swapped = [(r, {**m, "left": m["right"], "right": m["left"], "ctr": 0.5 + 1e-3 * (i % 7)}) for i, (r, m) in enumerate(good)]
+    assert got["side right"] == 1 and got["effusion ratio"] == pytest.approx(1001)
+    assert got["effusion lowest large, mL"] > got["effusion highest none, mL"]
+    assert got["ctr cardiomegaly"] - got["ctr normal"] == pytest.approx(0.2, abs=2e-3) and got["ctr p"] < 1e-3
+    assert got["laa ratio"] > 10
+
+    swapped = [(r, {**m, "left": m["right"], "right": m["left"], "ctr": 0.5 + 1e-3 * (i % 7)})
+               for i, (r, m) in enumerate(good)]
     got = obey.compare(swapped)
     assert got["side right"] == 0 and got["ctr p"] > 0.01
     none = [(r, {**m, "effusion": m["effusion"] if r["effusion"] != "none" else 0.0}) for r, m in good]
@@ -107,4 +139,5 @@ def test_distances_are_taken_from_the_training_of_that_grid(phantoms):
 
 def test_a_copy_has_no_distance():
     training = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
-    assert obey.nearest(training[3:5], training) == pytest.approx([0, 0], abs=1e-3) and (obey.nearest(training[:2] + 1, training) > 0.5).all()
+    assert obey.nearest(training[3:5], training) == pytest.approx([0, 0], abs=1e-3)
+    assert (obey.nearest(training[:2] + 1, training) > 0.5).all()

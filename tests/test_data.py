@@ -2,6 +2,7 @@
 import gzip
 import itertools
 import json
+import os
 import shutil
 
 import nibabel
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import data
-from data import Cases, decode, encode, grid_affine, load_nifti, resample, save_nifti, to_model
+from data import Cases, decode, encode, grid_affine, split_cases, to_model
+from support.checks import load_channel
+from support.nifti import box_center, load_nifti, resample, save_nifti
 
 L = np.zeros((40, 30, 36), np.uint8)             # an L: no rotation or reflection maps it onto itself
 L[8:30, 8:13, 9:14] = 1
@@ -19,6 +22,8 @@ L[8:13, 8:13, 9:31] = 1
 AFFINE = np.array([[2.0, 0, 0, -38], [0, 2.6, 0, -20], [0, 0, 2.2, -30], [0, 0, 0, 1]])
 ORDERS = [(axes, flips) for axes in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)]
 
+
+# --- geometry ---
 
 def centroid(array, affine):
     return nibabel.affines.apply_affine(affine, np.argwhere(array > 0)).mean(0)
@@ -33,17 +38,19 @@ def reordered(array, affine, axes, flips):
 @pytest.mark.parametrize("axes, flips", ORDERS)
 def test_an_object_keeps_its_place_in_every_axis_order(axes, flips, tmp_path):
     nibabel.save(reordered(L, AFFINE, axes, flips), tmp_path / "l.nii.gz")
-    arrays, center = to_model({"airway": tmp_path / "l.nii.gz"}, 128)
-    save_nifti(tmp_path / "back.nii.gz", arrays["airway"], center)
+    arrays, center = to_model({"airway": tmp_path / "l.nii.gz"}, 64)
+    save_nifti(tmp_path / "back.nii.gz", arrays["airway"], grid_affine(64, center))
     back = nibabel.load(tmp_path / "back.nii.gz")
     assert nibabel.aff2axcodes(back.affine) == ("R", "A", "S")
     assert back.header["sform_code"] == back.header["qform_code"] == 1 and back.header.get_xyzt_units()[0] == "mm"
+
     voxel = np.array(back.header.get_zooms())
-    there, here = nibabel.affines.apply_affine(AFFINE, np.argwhere(L)), nibabel.affines.apply_affine(back.affine, np.argwhere(back.get_fdata() > 0))
+    there = nibabel.affines.apply_affine(AFFINE, np.argwhere(L))
+    here = nibabel.affines.apply_affine(back.affine, np.argwhere(np.asarray(back.dataobj) > 0))
     assert (abs(centroid(L, AFFINE) - here.mean(0)) < voxel / 2).all()
-    for end in (np.min, np.max):                                         # voxel centres of the two grids: each end within half a voxel of either
+    for end in (np.min, np.max):             # voxel centres of the two grids: each end within half a voxel of either
         assert (abs(end(there, 0) - end(here, 0)) <= (voxel + np.diag(AFFINE)[:3]) / 2).all()
-    given = nibabel.affines.apply_affine(np.linalg.inv(AFFINE), here)     # every saved voxel lies in a voxel of the object
+    given = nibabel.affines.apply_affine(np.linalg.inv(AFFINE), here)    # every saved voxel lies in one of the object
     assert L[tuple(np.rint(given).astype(int).T)].all()
 
 
@@ -73,6 +80,8 @@ def test_a_linear_ramp_survives_resampling_to_coarser_and_finer_grids():
         assert np.abs(out - (2 * i + j - k)).max() < 1e-3
 
 
+# --- values ---
+
 def test_values_go_to_the_model_and_back():
     assert encode("ct", [-2000, -1024, -212, 600, 3000]) == pytest.approx([-1, -1, 0, 1, 1])
     assert encode("lobe", range(6)) == pytest.approx([-1, -0.6, -0.2, 0.2, 0.6, 1])
@@ -85,141 +94,224 @@ def test_values_go_to_the_model_and_back():
         decode("ct", np.array([0, np.nan]))
 
 
+def test_the_low_resolution_volume_is_every_fourth_voxel_and_upsampling_puts_it_back_there():
+    rng = np.random.default_rng(0)
+    arrays = {c: rng.integers(0, 2, (8, 12, 16)).astype(np.int16) for c in data.CHANNELS}
+    low = data.downsample(arrays)
+    assert low.shape == (4, 2, 3, 4) and low.dtype == np.float32
+    assert all((decode(c, x) == arrays[c][::4, ::4, ::4]).all() for c, x in zip(data.CHANNELS, low))
+    up = data.upsample(torch.from_numpy(low)[None])
+    assert up.shape == (1, 4, 8, 12, 16) and torch.equal(up[0, ..., ::4, ::4, ::4], torch.from_numpy(low))
+
+
+# --- files that are broken ---
+
 def nifti(path, array, affine=AFFINE):
     nibabel.save(nibabel.Nifti1Image(array, affine), path)
     return path
 
 
-def broken(tmp_path):
-    good = nifti(tmp_path / "good.nii.gz", np.random.default_rng(0).integers(0, 2, L.shape).astype(np.uint8))
+def broken(folder):
+    """Writes files that are no masks.   -> name: what is said of it"""
+    good = nifti(folder / "good.nii.gz", np.random.default_rng(0).integers(0, 2, L.shape).astype(np.uint8))
     raw = good.read_bytes()
-    (tmp_path / "cut.nii.gz").write_bytes(raw[:len(raw) // 2])
+    (folder / "cut.nii.gz").write_bytes(raw[:len(raw) // 2])
     flipped = bytearray(raw)
     flipped[len(raw) // 2] ^= 4
-    (tmp_path / "bit.nii.gz").write_bytes(flipped)
-    (tmp_path / "text.nii.gz").write_text("no image")
-    header = bytearray(gzip.decompress(raw)[:352])
-    header[40:48] = np.array([3, 1500, 1500, 1500], "<i2").tobytes()
-    (tmp_path / "claims.nii.gz").write_bytes(gzip.compress(bytes(header)))
-    header[42:48] = np.array([30000] * 3, "<i2").tobytes()
-    (tmp_path / "huge.nii.gz").write_bytes(gzip.compress(bytes(header)))
+    (folder / "bit.nii.gz").write_bytes(flipped)
+    (folder / "text.nii.gz").write_text("no image")
+
     plain = gzip.decompress(raw)
+    header = bytearray(plain[:352])
+    header[40:48] = np.array([3, 1500, 1500, 1500], "<i2").tobytes()
+    (folder / "claims.nii.gz").write_bytes(gzip.compress(bytes(header)))
+    header[42:48] = np.array([30000] * 3, "<i2").tobytes()
+    (folder / "huge.nii.gz").write_bytes(gzip.compress(bytes(header)))
     for name, at, number in (("intercept", 116, np.nan), ("offset", 108, np.inf)):
-        (tmp_path / f"{name}.nii.gz").write_bytes(gzip.compress(plain[:at] + np.array(number, "<f4").tobytes() + plain[at + 4:]))
+        odd = plain[:at] + np.array(number, "<f4").tobytes() + plain[at + 4:]
+        (folder / f"{name}.nii.gz").write_bytes(gzip.compress(odd))
     squeezed = bytearray(raw)                                            # no zlib stream any more
     squeezed[40] ^= 255
-    (tmp_path / "squeezed.nii.gz").write_bytes(squeezed)
+    (folder / "squeezed.nii.gz").write_bytes(squeezed)
+
     nan = L.astype(np.float32)
     nan[3, 3, 3] = np.nan
     flat = AFFINE.copy()
     flat[0] = 0
-    return {"cut": "damaged|short|header", "bit": "damaged|values", "text": "header", "claims": "cut short|damaged", "huge": "claims", "missing": "no such file", "intercept": "damaged|header|NaN", "offset": "damaged|header", "squeezed": "damaged|header",
-            nifti(tmp_path / "nan.nii.gz", nan).name: "NaN", nifti(tmp_path / "4d.nii.gz", np.stack([L, L], -1)).name: "3D",
-            nifti(tmp_path / "2d.nii.gz", L[:, :, 0]).name: "3D", nifti(tmp_path / "complex.nii.gz", L.astype(np.complex64)).name: "real numbers",
-            nifti(tmp_path / "empty.nii.gz", 0 * L).name: "empty", nifti(tmp_path / "three.nii.gz", 3 * L + (L == 0)).name: "labels 0..1"}
+    for name, array in (("nan", nan), ("4d", np.stack([L, L], -1)), ("2d", L[:, :, 0]), ("empty", 0 * L),
+                        ("complex", L.astype(np.complex64)), ("three", 3 * L + (L == 0))):
+        nifti(folder / f"{name}.nii.gz", array)
+    image = nibabel.Nifti1Image(L, None)
+    image.header.set_sform(flat, 1)
+    nibabel.save(nibabel.Nifti1Image(L, None, image.header), folder / "flat.nii.gz")
+    return dict(cut="damaged|short|header", bit="damaged|values", text="header", claims="cut short|damaged",
+                huge="claims", missing="no such file", intercept="damaged|header|NaN", offset="damaged|header",
+                squeezed="damaged|header", nan="NaN", **{"4d": "3D", "2d": "3D"}, complex="real numbers",
+                empty="empty", three="labels 0..1", flat="not finite or flat|neither sform")
 
 
 def test_broken_files_are_refused_in_one_line(tmp_path):
     for name, words in broken(tmp_path).items():
-        with pytest.raises(ValueError, match=words):
-            data.load_channel("airway", tmp_path / (name if "." in name else f"{name}.nii.gz"))
+        with pytest.raises(ValueError, match=words) as e:
+            load_channel("airway", tmp_path / f"{name}.nii.gz")
+        assert f"{name}.nii.gz: " in str(e.value)
     with pytest.raises(ValueError, match="no such file"):
         load_nifti(tmp_path)
 
 
-def test_a_volume_without_a_place_or_an_outlandish_name_or_scale(tmp_path):
+def test_a_volume_without_a_place_is_refused(tmp_path):
     image = nibabel.Nifti1Image(L, AFFINE)
-    image.set_sform(AFFINE, 0), image.set_qform(AFFINE, 0)               # nibabel would flip left and right
+    image.set_sform(AFFINE, 0)                                           # nibabel would flip left and right
+    image.set_qform(AFFINE, 0)
     nibabel.save(image, tmp_path / "nowhere.nii.gz")
     with pytest.raises(ValueError, match="neither sform nor qform"):
         load_nifti(tmp_path / "nowhere.nii.gz")
+
+
+def test_a_name_that_does_not_say_gzip_is_read_all_the_same(tmp_path):
     plain = nifti(tmp_path / "good.nii.gz", L)
-    shutil.copy(plain, tmp_path / "packed.nii")                          # gzip by content, not by name
+    shutil.copy(plain, tmp_path / "packed.nii")
     assert np.array_equal(load_nifti(tmp_path / "packed.nii")[0], load_nifti(plain)[0])
-    for name, array, words in (("ct", np.where(L, 124, 1064).astype(np.uint16), "Hounsfield"), ("ct", np.full(L.shape, 1e300), "NaN or infinite"),
-                               ("airway", -L.astype(np.int8), "values -1 to 0")):
-        with pytest.raises(ValueError, match=words):
-            data.load_channel(name, nifti(tmp_path / "odd.nii.gz", array))
-    for name, array in (("ct", np.where(L, -900, 40).astype(np.int16)), ("airway", L)):
-        with pytest.raises(ValueError, match="no voxel of it lies in the field of view"):
-            to_model({name: nifti(tmp_path / "far.nii.gz", array)}, 32, center=(900, 0, 0))
 
 
-def prepared(tmp_path, **other):
-    """Writes a small chest as NIfTI and runs the command.   -> the case folder"""
-    ct = np.where(L, -900, 40).astype(np.int16)
-    files = dict(ct=nifti(tmp_path / "ct.nii.gz", ct), lobe=nifti(tmp_path / "lobe.nii.gz", 5 * L), airway=nifti(tmp_path / "airway.nii.gz", L),
-                 vessel=nifti(tmp_path / "vessel.nii.gz", 255 * L), report=tmp_path / "r.txt", out=tmp_path / "cases/a", grid="32", **other)
-    files["report"].write_text("Findings: An L.\nImpression: Odd.")
-    data.main(["prepare"] + [str(x) for k, v in files.items() for x in (f"--{k}", v)])
-    return tmp_path / "cases/a"
+@pytest.mark.parametrize("name, array, words", [
+    ("ct", np.where(L, 124, 1064).astype(np.uint16), "Hounsfield"), ("ct", np.full(L.shape, 1e300), "NaN or infinite"),
+    ("airway", -L.astype(np.int8), "values -1 to 0")])
+def test_values_of_an_outlandish_scale_are_refused(name, array, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        load_channel(name, nifti(tmp_path / "odd.nii.gz", array))
 
 
-def test_prepare_writes_a_case_that_check_finds_sound(tmp_path, capsys):
-    case = prepared(tmp_path)
-    np.save(case / "text.npy", np.zeros((192, 8), np.float16))
-    data.main(["check", str(case.parent)])
-    assert "1 cases, all sound" in capsys.readouterr().out
-    low, lobe = np.load(case / "low.npy"), np.load(case / "lobe.npy")
-    assert (decode("lobe", low[1]) == lobe[::4, ::4, ::4]).all() and lobe.max() == 5
-    center = json.loads((case / "case.json").read_text())["center_ras_mm"]
-    assert np.abs(np.array(center) - data.box_center(L, AFFINE)).max() < 1e-4   # the lobes' middle
-
-
-def test_export_gives_the_case_back_where_it_came_from(tmp_path, capsys):
-    case = prepared(tmp_path)
-    data.main(["export", str(case.parent), "--out", str(tmp_path / "real")])
-    for c in data.CHANNELS:                                              # on the model's grid, so the same grid gives the same voxels
-        arrays, _ = to_model({c: tmp_path / f"real/a/{c}.nii.gz"}, 32)
-        assert np.array_equal(arrays[c], np.load(case / f"{c}.npy")), c
-    there = nibabel.load(tmp_path / "real/a/lobe.nii.gz")
-    assert np.abs(centroid(np.asarray(there.dataobj), there.affine) - centroid(L, AFFINE)).max() < 5      # half a voxel
-    with pytest.raises(SystemExit) as e:
-        data.main(["export", str(case.parent), "--out", str(tmp_path / "real")])
-    assert e.value.code == 2 and "exists already" in capsys.readouterr().err
+@pytest.mark.parametrize("name, array", [("ct", np.where(L, -900, 40).astype(np.int16)), ("airway", L)])
+def test_what_lies_elsewhere_than_the_field_of_view_is_refused(name, array, tmp_path):
+    with pytest.raises(ValueError, match="no voxel of it lies in the field of view"):
+        to_model({name: nifti(tmp_path / "far.nii.gz", array)}, 32, center=(900, 0, 0))
 
 
 def test_lobes_of_totalsegmentator_are_read_when_one_is_gone(tmp_path):
     for gone in (14, 12):
-        labels = np.repeat(np.array([n for n in (0, 10, 11, 12, 13, 14) if n != gone], np.uint8), 20).reshape(5, 4, 5)
-        array, _ = data.load_channel("lobe", nifti(tmp_path / "lobe.nii.gz", labels))
+        there = np.array([n for n in (0, 10, 11, 12, 13, 14) if n != gone], np.uint8)
+        labels = np.repeat(there, 20).reshape(5, 4, 5)
+        array, _ = load_channel("lobe", nifti(tmp_path / "lobe.nii.gz", labels))
         assert np.array_equal(array, np.where(labels > 0, labels.astype(int) - 9, 0))
 
 
 def test_lungs_beyond_the_field_of_view_are_told(tmp_path, capsys):
     tall = np.zeros((20, 20, 100), np.uint8)
     tall[5:15, 5:15, 2:98] = 5
-    for voxel, told in ((2.5, ""), (4.0, "% of the lungs lie outside the field of view, 316 x 316 x 292 mm")):      # 240 and 384 mm tall
+    words = "% of the lungs lie outside the field of view, 316 x 316 x 292 mm"
+    for voxel, told in ((2.5, ""), (4.0, words)):                        # 240 and 384 mm tall
         to_model({"lobe": nifti(tmp_path / "tall.nii.gz", tall, np.diag([voxel, voxel, voxel, 1]))}, 64)
         err = capsys.readouterr().err
         assert told in err and bool(told) == bool(err)
 
 
-@pytest.mark.parametrize("harm, words", [(lambda c: (c / "low.npy").unlink(), "low.npy missing"), (lambda c: (c / "ct.npy").write_bytes(b"x"), "unreadable"),
-                                         (lambda c: np.save(c / "airway.npy", np.full((32,) * 3, 7, np.uint8)), "labels are wrong"),
-                                         (lambda c: np.save(c / "low.npy", np.zeros((4, 8, 8, 8), np.float16)), "every fourth voxel"),
-                                         (lambda c: (c / "airway.npy").write_bytes(b""), "unreadable"), (lambda c: np.savez(open(c / "low.npy", "wb"), a=1), "low.npy unreadable"),
-                                         (lambda c: np.save(c / "ct.npy", (np.load(c / "ct.npy") + 1024).astype(np.int16) - 900 * (np.load(c / "lobe.npy") == 0).astype(np.int16)), "HU in the lungs"),
-                                         (lambda c: (c / "report.txt").write_text("Findings:\nImpression:\n"), "no words"), (lambda c: (c / "report.txt").write_text(""), "no words")])
-def test_check_names_what_is_wrong(tmp_path, capsys, harm, words):
-    case = prepared(tmp_path)
+# --- case folders ---
+
+def prepared(folder, **other):
+    """Writes a small chest as NIfTI and runs the command.   -> the case folder"""
+    ct = np.where(L, -900, 40).astype(np.int16)
+    files = dict(ct=nifti(folder / "ct.nii.gz", ct), lobe=nifti(folder / "lobe.nii.gz", 5 * L),
+                 airway=nifti(folder / "airway.nii.gz", L), vessel=nifti(folder / "vessel.nii.gz", 255 * L),
+                 report=folder / "r.txt", out=folder / "cases/a", grid="32", **other)
+    files["report"].write_text("Findings: An L.\nImpression: Odd.")
+    data.main(["prepare"] + [str(x) for k, v in files.items() for x in (f"--{k}", v)])
+    return folder / "cases/a"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A case that is whole, text included."""
+    case = prepared(tmp_path_factory.mktemp("sound"))
     np.save(case / "text.npy", np.zeros((192, 8), np.float16))
-    harm(case)
+    return case
+
+
+def test_prepare_writes_a_case_that_check_finds_sound(sound, capsys):
+    case = sound
+    data.main(["check", str(case.parent)])
+    assert "1 cases, all sound" in capsys.readouterr().out
+    low, lobe = np.load(case / "low.npy"), np.load(case / "lobe.npy")
+    assert (decode("lobe", low[1]) == lobe[::4, ::4, ::4]).all() and lobe.max() == 5
+    center = json.loads((case / "case.json").read_text())["center_ras_mm"]
+    assert np.abs(np.array(center) - box_center(L, AFFINE)).max() < 1e-4                       # the lobes' middle
+
+
+def test_prepare_refuses_grids_and_centres_that_mean_nothing(tmp_path, fails):
+    case = prepared(tmp_path)
+    files = [x for c in (*data.CHANNELS, "report") for x in (f"--{c}", tmp_path / f"{c}.nii.gz")]
+    files[-1] = tmp_path / "r.txt"
+    for more, words in ((["--grid", 30], "multiple of 4"), (["--grid", 0], "multiple of 4"),
+                        (["--center", "nan", 0, 0], "three finite numbers"), (["--grid", 32], "exists already")):
+        out = case if words == "exists already" else tmp_path / "cases/b"
+        code, err = fails(data.main, "prepare", *files, "--out", out, *more)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+    assert [p.name for p in case.parent.iterdir()] == ["a"]
+
+
+def test_export_gives_the_case_back_where_it_came_from(tmp_path, fails):
+    case = prepared(tmp_path)
+    data.main(["export", str(case.parent), "--out", str(tmp_path / "real")])
+    for c in data.CHANNELS:                              # on the model's grid, so the same grid gives the same voxels
+        arrays, _ = to_model({c: tmp_path / f"real/a/{c}.nii.gz"}, 32)
+        assert np.array_equal(arrays[c], np.load(case / f"{c}.npy")), c
+    there = nibabel.load(tmp_path / "real/a/lobe.nii.gz")
+    apart = centroid(np.asarray(there.dataobj), there.affine) - centroid(L, AFFINE)
+    assert np.abs(apart).max() < 5                                       # half a voxel
+    code, err = fails(data.main, "export", case.parent, "--out", tmp_path / "real")
+    assert code == 2 and "exists already" in err
+
+
+HARM = {
+    "low.npy missing": lambda c: (c / "low.npy").unlink(),
+    "ct.npy unreadable": lambda c: (c / "ct.npy").write_bytes(b"x"),
+    "labels are wrong": lambda c: np.save(c / "airway.npy", np.full((32,) * 3, 7, np.uint8)),
+    "the mask is empty": lambda c: np.save(c / "airway.npy", np.zeros((32,) * 3, np.uint8)),
+    "every fourth voxel": lambda c: np.save(c / "low.npy", np.zeros((4, 8, 8, 8), np.float16)),
+    "airway.npy unreadable": lambda c: (c / "airway.npy").write_bytes(b""),
+    "low.npy unreadable": lambda c: np.savez(open(c / "low.npy", "wb"), a=1),
+    "HU in the lungs": lambda c: np.save(c / "ct.npy", (np.load(c / "ct.npy") + 1024 - 900 * (np.load(c / "lobe.npy")
+                                                        == 0)).astype(np.int16)),
+    "not a chest": lambda c: np.save(c / "ct.npy", np.load(c / "ct.npy") + np.int16(1024)),
+    "is float32, not float16": lambda c: np.save(c / "text.npy", np.zeros((192, 8), np.float32)),
+    "not finite": lambda c: np.save(c / "text.npy", np.full((192, 8), np.inf, np.float16)),
+    "all must be one cube": lambda c: np.save(c / "vessel.npy", np.ones((16, 32, 32), np.uint8)),
+    "for a grid of": lambda c: np.save(c / "low.npy", np.zeros((4, 4, 4, 4), np.float16)),
+    "run text_encoder.py embed": lambda c: (c / "text.npy").unlink(),
+    "no words": lambda c: (c / "report.txt").write_text("Findings:\nImpression:\n"),
+    "no words in it": lambda c: (c / "report.txt").write_text(""),
+}
+
+
+@pytest.mark.parametrize("words", HARM)
+def test_check_names_what_is_wrong(words, sound, tmp_path, capsys):
+    case = shutil.copytree(sound, tmp_path / "a")
+    HARM[words](case)
     with pytest.raises(SystemExit) as e:
-        data.main(["check", str(case.parent)])
+        data.main(["check", str(tmp_path)])
     assert e.value.code == 2 and words in capsys.readouterr().out
 
 
-def test_cases_of_two_sizes_are_told_before_training(phantoms, tmp_path, capsys):
+def test_cases_of_two_sizes_are_told_before_training(phantoms, tmp_path, fails):
     for case in data.cases(phantoms)[:2]:
         shutil.copytree(case, tmp_path / case.name)
     np.save(tmp_path / case.name / "text.npy", np.zeros((100, 16), np.float16))
-    with pytest.raises(SystemExit) as e:
-        data.main(["check", str(tmp_path)])
-    assert e.value.code == 2 and "text.npy is (192, 16) and" in capsys.readouterr().err
+    code, err = fails(data.main, "check", tmp_path)
+    assert code == 2 and "text.npy is (192, 16) and" in err
     with pytest.raises(ValueError, match="of one size"):
         Cases(data.cases(tmp_path), 0)
     Cases(data.cases(tmp_path), 0, crop=(16, 16, 16))                    # stage 2 reads no text
+
+
+def test_a_case_that_lacks_what_a_stage_reads_is_named_with_the_way_to_get_it(phantoms, tmp_path):
+    case = tmp_path / "case"
+    shutil.copytree(data.cases(phantoms)[0], case)
+    (case / "text.npy").unlink()
+    with pytest.raises(ValueError, match="no text.npy; stage 1 needs them; run python text_encoder.py embed"):
+        Cases([case], 0)
+    (case / "vessel.npy").unlink()
+    with pytest.raises(ValueError, match="no vessel.npy; stage 2 needs them; run python data.py check"):
+        Cases([case], 0, crop=(16, 16, 16))
 
 
 def test_a_failed_write_leaves_no_case(tmp_path, monkeypatch):
@@ -230,6 +322,19 @@ def test_a_failed_write_leaves_no_case(tmp_path, monkeypatch):
         data.write_case(tmp_path / "c", L, L, L, L, "x", {})
     assert list(tmp_path.iterdir()) == []
 
+
+def test_a_chest_is_trained_on_or_held_out(phantoms, tmp_path):
+    for name in ("a", "a_text1", "a_text2", "b", "b_text1", "b_text2"):
+        os.symlink(data.cases(phantoms)[0], tmp_path / name)
+    train, held_out = split_cases(tmp_path, 2)
+    assert [f.name for f in train] == ["a", "a_text1", "a_text2"]
+    assert [f.name for f in held_out] == ["b_text1", "b_text2"]
+    for holdout in (4, 9):
+        with pytest.raises(ValueError, match="a trainer needs cases"):
+            split_cases(tmp_path, holdout)
+
+
+# --- the endless sequence ---
 
 def test_item_k_is_decided_by_seed_and_k_and_an_epoch_sees_every_case_once(phantoms):
     folders = data.cases(phantoms)
@@ -246,3 +351,8 @@ def test_a_crop_is_a_piece_of_the_volume_and_of_its_low_resolution(phantoms):
     places = [p for p in itertools.product(*(range(32 - n + 1) for n in (24, 16, 12)))
               if np.array_equal(full[:, p[0]:p[0] + 24, p[1]:p[1] + 16, p[2]:p[2] + 12], x0)]
     assert any(torch.equal(up[:, d:d + 24, h:h + 16, w:w + 12], low) for d, h, w in places)
+
+
+def test_a_crop_lies_inside(phantoms):
+    with pytest.raises(ValueError, match="larger than the grid 32"):
+        Cases(data.cases(phantoms), 0, crop=(16, 16, 40))

@@ -3,32 +3,43 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import text_encoder as te
+from support.reports import Report
 
-FACTS = {"effusion": ("fluid lies behind the {} lung", "{} effusion"), "nodule": ("a small round lesion in the {} lung", "{} nodule"),
-         "pneumonia": ("patchy opacity of the {} lung", "{} pneumonia"), "clear": ("the {} lung is clear", "normal {} lung")}
-REPORTS = [te.Report(f"{fact}{side}{n}", f"{opening} {seen.format(side)}.", f"{called.format(side)}.")
-           for fact, (seen, called) in FACTS.items() for side in ("left", "right")
-           for n, opening in enumerate(("today", "on this scan", "compared with before"))]            # 24 subjects, 8 Impressions
+FACTS = {"effusion": ("fluid lies behind the {} lung", "{} effusion"),
+         "nodule": ("a small round lesion in the {} lung", "{} nodule"),
+         "pneumonia": ("patchy opacity of the {} lung", "{} pneumonia"),
+         "clear": ("the {} lung is clear", "normal {} lung")}
+REPORTS = [Report(f"{fact}{side}{n}", f"{opening} {seen.format(side)}.", f"{called.format(side)}.")
+           for fact, (seen, called) in FACTS.items()
+           for side in ("left", "right")
+           for n, opening in enumerate(("today", "on this scan", "compared with before"))]
+assert len(REPORTS) == 24 and len({r.impression for r in REPORTS}) == 8
 TEXTS = [f"Findings: {r.findings}\nImpression: {r.impression}" for r in REPORTS]
+TINY = "--width 32 --layers 2 --heads 2 --vocab 200 --dropout 0 --tokens 32 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model trained from scratch by the command line on 24 reports."""
-    root = tmp_path_factory.mktemp("text")
-    (root / "reports.jsonl").write_text("\n".join(json.dumps(r._asdict()) for r in REPORTS))
-    command = [sys.executable, te.__file__, "train", "--reports", str(root / "reports.jsonl"), "--out", str(root / "model"), "--scratch", "--steps", "160",
-               "--batch", "16", "--lr", "5e-3", "--width", "32", "--layers", "2", "--heads", "2", "--vocab", "200", "--dropout", "0", "--tokens", "32",
-               "--held-out", "0.25", "--device", "cpu"]
-    # One thread, or so small a net only waits for the others; a process of its own, because torch.set_num_threads would change the bits of later tests.
-    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return root / "model"
+def reports(tmp_path_factory):
+    """The reports as a .jsonl."""
+    path = tmp_path_factory.mktemp("reports") / "reports.jsonl"
+    path.write_text("\n".join(json.dumps(r._asdict()) for r in REPORTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(reports, tmp_path_factory):
+    """A model after two steps from scratch by the command line on 18 of the 24 reports."""
+    out = tmp_path_factory.mktemp("text") / "model"
+    te.main(["train", "--reports", str(reports), "--out", str(out), "--scratch", "--steps", "2", "--batch", "4",
+             "--held-out", "0.25", *TINY])
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +47,30 @@ def encoder(folder):
     return te.load(folder, tokens=32)
 
 
-def test_training_beats_chance_on_reports_it_never_saw(folder):
-    record = json.loads((folder / "text_training.json").read_text())
+@pytest.mark.slow
+def test_training_beats_chance_on_reports_it_never_saw(reports, tmp_path):
+    command = [sys.executable, te.__file__, "train", "--reports", str(reports), "--out", str(tmp_path / "model"),
+               "--scratch", *"--steps 160 --batch 16 --lr 5e-3 --held-out 0.25".split(), *TINY]
+    # One thread, or so small a net only waits for the others; a process of its own, because torch.set_num_threads would
+    # change the bits of later tests.
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    record = json.loads((tmp_path / "model" / "text_training.json").read_text())
     words, pairs = record["held_out"]["words"], record["held_out"]["pairs"]
-    assert record["held_out_reports"] == 6 and not list(folder.parent.glob("*.part"))
-    assert pairs["accuracy"] > 0.7 and pairs["loss"] < 0.6931                    # log 2 is a coin
-    assert words["accuracy"] > 2 * words["chance"] and words["loss"] < 2      # log 200 = 5.3 is a blind guess
+    assert record["held_out_reports"] == 6 and not list(tmp_path.glob("*.part"))
+    assert pairs["accuracy"] > 0.7 and pairs["loss"] < 0.6931                     # log 2 is a coin
+    assert words["accuracy"] > 2 * words["chance"] and words["loss"] < 2          # log 200 = 5.3 is a blind guess
+
+
+def test_training_writes_a_whole_folder_with_its_record(folder):
+    record = json.loads((folder / "text_training.json").read_text())
+    assert record["steps"] == 2 and record["training_reports"] == 18 and record["held_out_reports"] == 6
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
 def test_encode_gives_fixed_shape_and_marks_real_tokens(encoder):
     context, mask = encoder.encode([TEXTS[0], "a nodule"])
-    assert context.shape == (2, 32, 32) and context.dtype == torch.float32 and mask.shape == (2, 32) and mask.dtype == torch.bool
+    assert context.shape == (2, 32, 32) and context.dtype == torch.float32
+    assert mask.shape == (2, 32) and mask.dtype == torch.bool
     assert mask[1].sum() == 4 and mask[1, :4].all()                               # [CLS] a nodule [SEP]
     assert (context[1, 4:].abs().sum(1) > 0).all()                                # padding's states are kept
     assert not context.requires_grad and not encoder.bert.training
@@ -126,7 +150,8 @@ def test_sections_are_found_by_their_headings(text, sections):
 def test_reports_without_headings_are_split_at_the_first_mark_else_before_the_last_two_sentences():
     assert te.split_run_together('Clear. Bones normal. " Nodules " Cyst.') == ("Clear. Bones normal.", "Nodules Cyst.")
     assert te.split_run_together("Clear. • Nodules. • Cyst.") == ("Clear.", "Nodules. Cyst.")
-    assert te.split_run_together("Clear. Bones normal. No infection. Repeat it.") == ("Clear. Bones normal.", "No infection. Repeat it.")
+    text = "Clear. Bones normal. No infection. Repeat it."
+    assert te.split_run_together(text) == ("Clear. Bones normal.", "No infection. Repeat it.")
 
 
 def test_embed_writes_what_encode_gives(folder, encoder, tmp_path):
@@ -154,17 +179,22 @@ def test_saved_model_encodes_as_it_did_and_trains_on(folder, encoder, tmp_path):
 
 
 def test_the_layout_of_cxr_bert_loads_and_its_code_does_not_run(folder, encoder, tmp_path):
-    """As on the hub: a type of its own, a pickle of weights with heads that are not needed, vocab.txt, and Python files that ask to be run."""
+    """As on the hub: a type of its own, a pickle of weights with heads that are not needed, vocab.txt, and Python files
+    that ask to be run."""
     bert, tokenizer = te.read_model(folder, 32, masked_words=True)
     bert.config.save_pretrained(tmp_path)
-    torch.save({**bert.state_dict(), "cls_projection_head.dense.weight": torch.zeros(3, 3)}, tmp_path / "pytorch_model.bin")
+    weights = {**bert.state_dict(), "cls_projection_head.dense.weight": torch.zeros(3, 3)}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= dict(model_type="cxr-bert", architectures=["CXRBertModel"], projection_size=128, auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
+    config |= dict(model_type="cxr-bert", architectures=["CXRBertModel"], projection_size=128,
+                   auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"})
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "vocab.txt").write_text("\n".join(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(do_lower_case=True, tokenizer_class="CXRBertTokenizer", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(
+        do_lower_case=True, tokenizer_class="CXRBertTokenizer", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert torch.equal(te.load(tmp_path, tokens=32).encode(TEXTS)[0], encoder.encode(TEXTS)[0]) and not (tmp_path / "ran").exists()
+    assert torch.equal(te.load(tmp_path, tokens=32).encode(TEXTS)[0], encoder.encode(TEXTS)[0])
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "/nowhere", te.CXR_BERT])
@@ -200,7 +230,7 @@ def test_broken_models_are_refused(folder, encoder, tmp_path):
         te.load(folder, tokens=600)
 
 
-def test_empty_and_unknown_words(encoder, capsys):
+def test_empty_reports_are_refused_and_unknown_words_are_said(encoder, capsys):
     for text in ("", "  \n", "Findings: \nImpression: ", None):
         with pytest.raises(ValueError, match="empty"):
             encoder.encode([text])
@@ -208,8 +238,42 @@ def test_empty_and_unknown_words(encoder, capsys):
     assert "unknown words" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--steps", "-1"], ["--held-out", "nan"], ["--seed", "-1"], ["--scra"], ["--batch", "25"], ["--width", "30"], ["--tokens", "7"]])
-def test_wrong_flags_exit_2_and_write_nothing(flags, folder, tmp_path):
+@pytest.mark.parametrize("flags, said", [
+    ("--steps -1", "--steps -1; it is at least 0"),
+    ("--held-out nan", "--held-out nan; it is at least 0"),
+    ("--held_out 1", "--held-out 1.0; it is at least 0 and below 1"),
+    ("--seed -1", "--seed -1; it is at least 0"),
+    ("--scra", "unrecognized arguments: --scra"),
+    ("--batch 25", "--batch 25, 1 processes; a batch is"),
+    ("--width 30", "heads divide the width"),
+    ("--tokens 7", "--tokens 7; it is at least 8"),
+    ("--base here", "not allowed with")])
+def test_wrong_flags_exit_2_with_one_line_and_write_nothing(flags, said, reports, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        te.main(["train", "--reports", str(folder.parent / "reports.jsonl"), "--out", str(tmp_path / "m"), "--scratch", "--batch", "4", *flags])
+        te.main(["train", "--reports", str(reports), "--out", str(tmp_path / "m"), "--scratch", "--batch", "4",
+                 *flags.split()])
+    error = capsys.readouterr().err
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_existing_out_is_refused_before_training(reports, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        te.main(["train", "--reports", str(reports), "--out", str(tmp_path), "--scratch", "--batch", "4", *TINY])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_help_gives_every_option_a_default_and_the_papers_section(capsys):
+    with pytest.raises(SystemExit):
+        te.main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for title in ("what goes in and out:", "tasks and optimisation:", "the BERT from scratch:", "machine:"):
+        assert title in shown
+    assert "(sec. 4.6) (default 5)" in shown and "(sec. 4.1) (default microsoft/" in shown
+
+
+@pytest.mark.slow
+def test_importing_is_cheap():
+    command = "import sys, text_encoder; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(te.__file__).parent)

@@ -1,13 +1,14 @@
-"""The network is the released one: outputs, null outputs, loss, gradients, sizes and keys."""
+"""The network is the released one: outputs, null outputs, loss, gradients, sizes and keys; however it is run."""
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import golden
-import unet3d
-from unet3d import Stem, UNet3D, from_released, native_norm, rename, split_norm
+from support.fast import Stem, compile_blocks, native_norm, recompute, split_norm
+from support.released import from_released, rename
+from support.slabs import by_slabs
+from unet3d import Block, Round, UNet3D
 
 
 def error(a, b):
@@ -27,10 +28,11 @@ def test_sr_outputs_are_the_originals():
         assert error(net(z["x"], z["t"] / 1000)[golden.EVERY], z["out_eval"]) < 1e-4
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "norms", "blocks"])
-def test_loss_and_every_gradient_norm_are_the_originals(checkpointing):
+@pytest.mark.parametrize("how", ["none", pytest.param("norms", marks=pytest.mark.slow),
+                                 pytest.param("blocks", marks=pytest.mark.slow)])
+def test_loss_and_every_gradient_norm_are_the_originals(how):
     z, net = golden.load("low"), golden.network("low").train()
-    net.checkpointing = checkpointing
+    recompute(net, how, Block, (Round,))
     loss = (net(z["x"], z["t"] / 1000, z["cond"]) - z["target"]).square().mean()
     loss.backward()
     assert error(loss, z["loss_eval"]) < 1e-4
@@ -40,6 +42,38 @@ def test_loss_and_every_gradient_norm_are_the_originals(checkpointing):
     assert len(theirs) == 371
     for name, norm in theirs.items():
         assert abs(ours.get(name, torch.zeros(())) - norm) < 1e-4 * max(1, norm), name
+
+
+def small():
+    return UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2)
+
+
+def test_recomputing_holds_less_and_changes_no_gradient():
+    torch.manual_seed(0)
+    net, x, t = small(), torch.randn(1, 8, 8, 8, 8), torch.tensor([0.5])
+    state, grads, kept = net.state_dict(), {}, {}
+    for how in ("none", "norms", "blocks"):
+        net = small()
+        net.load_state_dict(state)
+        recompute(net, how, Block, (Round,))
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda v, held=held: held.append(v.nbytes) or v, lambda v: v):
+            value = net(x, t).square().mean()
+        grads[how] = torch.autograd.grad(value, [p for p in net.parameters() if p.requires_grad])
+        kept[how] = sum(held)
+    assert kept["blocks"] < kept["none"]                         # what "norms" keeps, autograd's hooks do not see
+    assert all(error(a, b) < 1e-6 for how in ("norms", "blocks") for a, b in zip(grads["none"], grads[how]))
+
+
+def test_an_unknown_way_to_recompute_is_refused():
+    with pytest.raises(ValueError, match="none, norms or blocks"):
+        recompute(small(), "all", Block)
+
+
+def test_an_impossible_network_is_refused():
+    for wrong in (dict(dim=12), dict(dim=8, bottom="top")):
+        with pytest.raises(ValueError, match="multiple of 8, bottom plane or depth"):
+            UNet3D(**wrong)
 
 
 def test_a_batch_is_its_samples():
@@ -52,12 +86,13 @@ def test_a_batch_is_its_samples():
         assert error(dropped, torch.cat([net(x[:1], t[:1]), both[1:]])) < 1e-4
 
 
-@pytest.mark.parametrize("name, net, parameters", [("low", dict(dim=160), 716_215_684),
-                                                   ("sr", dict(dim=56, in_channels=8, heads=4, rounds=1, context_dim=0), 54_307_908)])
-def test_paper_sizes_and_every_released_key(name, net, parameters):
+@pytest.mark.parametrize("name, args, parameters", [
+    ("low", dict(dim=160), 716_215_684),
+    ("sr", dict(dim=56, in_channels=8, heads=4, rounds=1, context_dim=0), 54_307_908)])
+def test_paper_sizes_and_every_released_key(name, args, parameters):
     released = json.loads((golden.FOLDER / f"{name}_keys.json").read_text())
     with torch.device("meta"):
-        ours = UNet3D(**net)
+        ours = UNet3D(**args)
     assert sum(p.numel() for p in ours.parameters()) == parameters
     shapes = {k: v.numel() for k, v in ours.state_dict().items()}
     shapes["attend.qkv.weight"] = shapes.pop("attend.q.weight") + shapes.pop("attend.kv.weight")
@@ -68,31 +103,35 @@ def test_paper_sizes_and_every_released_key(name, net, parameters):
 def test_released_weights_load_with_prefix_and_buffers_and_say_what_is_wrong():
     state = {f"denoise_fn.{k}": v for k, v in golden.weights("sr").items()}
     state["betas"], state["alphas_cumprod"] = torch.zeros(1000), torch.zeros(1000)
-    net = from_released(state, bottom="depth", checkpointing="blocks")
-    assert net.args["in_channels"] == 8 and not net.plane and net.checkpointing == "blocks"
+    net = from_released(state, UNet3D, bottom="depth")
+    assert net.args["in_channels"] == 8 and not net.plane
+
     lost = state.pop("denoise_fn.mid_block2.block2.norm.bias")
     with pytest.raises(ValueError, match="missing last.norm2.bias"):
-        from_released(state)
+        from_released(state, UNet3D)
     state.update({"denoise_fn.mid_block2.block2.norm.bias": lost, "denoise_fn.mid_block3.x": lost})
     with pytest.raises(ValueError, match="left over mid_block3.x"):
-        from_released(state)
+        from_released(state, UNet3D)
     del state["denoise_fn.mid_block3.x"]
     state["denoise_fn.downs.1.0.block1.proj.weight"] = torch.zeros(16, 8, 1, 3, 5)
     with pytest.raises(ValueError, match=r"downs.1.slice1.conv1.weight \(16, 8, 1, 3, 5\)"):
-        from_released(state)
+        from_released(state, UNet3D)
+    with pytest.raises(ValueError, match="not a MedSyn network"):
+        from_released({"weight": torch.zeros(1)}, UNet3D)
 
 
 def test_rounds_that_do_not_share_their_attention_are_refused():
-    state = golden.weights("low")
-    state["mid_spatial_attn3.fn.fn.fn.to_qkv.weight"] = torch.zeros_like(state["mid_spatial_attn3.fn.fn.fn.to_qkv.weight"])
+    state, name = golden.weights("low"), "mid_spatial_attn3.fn.fn.fn.to_qkv.weight"
+    state[name] = torch.zeros_like(state[name])
     with pytest.raises(ValueError, match="share one self-attention"):
-        from_released(state)
+        from_released(state, UNet3D)
 
 
 @pytest.mark.parametrize("norm_scale_silu", [native_norm, split_norm])
 def test_norm_scale_silu_is_its_formula(norm_scale_silu):
     x, norm, ss = torch.randn(3, 16, 4, 5, 6), torch.nn.GroupNorm(8, 16), torch.randn(3, 32)
-    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
     scale, shift = ss[..., None, None, None].chunk(2, dim=1)
     want = torch.nn.functional.silu(norm(x) * (1 + scale) + shift)
     assert error(norm_scale_silu(x, norm, ss), want) < 1e-5
@@ -100,32 +139,39 @@ def test_norm_scale_silu_is_its_formula(norm_scale_silu):
     assert error(norm_scale_silu(x, norm, None), torch.nn.functional.silu(norm(x))) < 1e-5
 
 
-def test_depth_attention_sees_the_column_and_plane_attention_the_slice():
-    for bottom, axis in (("depth", 0), ("plane", 1)):
-        torch.manual_seed(0)
-        net = UNet3D(8, in_channels=8, heads=2, rounds=1, context_dim=0, levels=1, bottom=bottom)
-        attention, x = net.rounds[0], torch.randn(1, 8, 12, 4, 4)
-        x2 = x.clone()
-        x2[0, :, 3, 1, 1] += torch.randn(8)
-        with torch.no_grad():
-            a, b = (attention(v, None, net.attend, net.plane) for v in (x, x2))
-        changed = ((a - b).abs().sum(1)[0] > 1e-7)
-        seen = torch.zeros(12, 4, 4, dtype=torch.bool)
-        seen[(slice(None), 1, 1) if axis == 0 else 3] = True
-        assert (changed == seen).all()
+@pytest.mark.parametrize("bottom, seen", [("depth", (slice(None), 1, 1)), ("plane", 3)])
+def test_depth_attention_sees_the_column_and_plane_attention_the_slice(bottom, seen):
+    torch.manual_seed(0)
+    net = UNet3D(8, in_channels=8, heads=2, rounds=1, context_dim=0, levels=1, bottom=bottom)
+    x = torch.randn(1, 8, 12, 4, 4)
+    other = x.clone()
+    other[0, :, 3, 1, 1] += torch.randn(8)
+    with torch.no_grad():
+        a, b = (net.rounds[0](v, None, net.attend, net.plane) for v in (x, other))
+    expected = torch.zeros(12, 4, 4, dtype=torch.bool)
+    expected[seen] = True
+    assert (((a - b).abs().sum(1)[0] > 1e-7) == expected).all()
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
 def test_slabs_give_the_whole_volume(size):
-    """Not an approximation: statistics are of the whole volume, halos are the neighbours' own slices. 13 slices: no slab divides it."""
-    net = UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2).eval()
+    """Not an approximation: statistics are of the whole volume, halos are the neighbours' own slices. 13 slices: no
+    slab divides it."""
+    net = small().eval()
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.2)                                # gains of 1 and offsets of 0 would hide mistakes
+        torch.nn.init.normal_(p, std=0.2)                                # gains of 1, offsets of 0 would hide mistakes
     x, t = torch.randn(2, 8, 13, 8, 8) + 3, torch.tensor([0.2, 0.7])
     with torch.no_grad():
         whole = net(x, t)
-        net.slab = size
+        by_slabs(net, size, Block)
         assert error(net(x, t), whole) < 2e-5 * whole.abs().max()
+
+
+def test_slabs_agree_with_the_original():
+    z, net = golden.load("sr"), golden.network("sr")
+    by_slabs(net, 5, Block)
+    with torch.no_grad():
+        assert error(net(z["x"], z["t"] / 1000)[golden.EVERY], z["out_eval"]) < 1e-4
 
 
 def test_the_stem_over_slices_is_its_convolution():
@@ -136,13 +182,7 @@ def test_the_stem_over_slices_is_its_convolution():
     assert all(error(a, b) < 1e-5 for a, b in zip(*grads))
 
 
-def test_slabs_agree_with_the_original():
-    z, net = golden.load("sr"), golden.network("sr")
-    net.slab = 5
-    with torch.no_grad():
-        assert error(net(z["x"], z["t"] / 1000)[golden.EVERY], z["out_eval"]) < 1e-4
-
-
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_output_and_gradients():
     net = UNet3D(8, levels=1, heads=1, context_dim=0, in_channels=8, rounds=1)
     x, t = torch.randn(1, 8, 4, 8, 8), torch.tensor([0.5])
@@ -152,29 +192,5 @@ def test_compiled_blocks_give_the_same_output_and_gradients():
         y.square().mean().backward()
         results.append([y.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
         net.zero_grad()
-        net.compile_blocks()
+        compile_blocks(net, Block)
     assert all(error(a, b) < 1e-4 for a, b in zip(*results, strict=True))
-
-
-def test_space_to_depth_is_undone_and_keeps_neighbours_together():
-    x = torch.arange(2 * 3 * 4 * 4 * 8.0).reshape(2, 3, 4, 4, 8)
-    y = unet3d.to_depth(x, 2)
-    assert y.shape == (2, 24, 2, 2, 4) and torch.equal(unet3d.to_space(y, 2), x)
-    assert set(y[0, :8, 0, 1, 2].tolist()) == set(x[0, 0, 0:2, 2:4, 4:6].flatten().tolist())
-    net = UNet3D(8, in_channels=8, heads=1, rounds=1, context_dim=0, levels=2, patch=2)
-    assert net(torch.randn(1, 8, 6, 8, 12), torch.tensor([0.5])).shape == (1, 4, 6, 8, 12)
-
-
-@pytest.mark.parametrize("dim", [8, 24, 40])                             # a head wider four times, twice, not at all
-def test_folded_weights_do_to_means_of_cubes_what_they_did_to_voxels(dim):
-    torch.manual_seed(0)
-    options = dict(heads=1, rounds=1, context_dim=8, tokens=4, levels=2)
-    small, large = UNet3D(dim, **options), UNet3D(dim, **options, patch=2)
-    large.load_state_dict(unet3d.folded(small.state_dict(), large))
-    x, t, text = torch.randn(2, 4, 8, 16, 8), torch.tensor([0.2, 0.9]), torch.randn(2, 4, 8)
-    expected = F.interpolate(small(F.avg_pool3d(x, 2), t, text), scale_factor=2)
-    assert error(large(x, t, text), expected) < 1e-4
-    large(x, t, text).sub(x).square().mean().backward()                  # copies of a channel are told apart, and the folded input is heard
-    head = large.head.conv1.weight.grad
-    copies = head.unflatten(0, (dim, -1))
-    assert head[:, 2 * dim:].abs().amax() > 0 and (copies.shape[1] == 1 or error(copies[:, 0], copies[:, 1]) > 1e-3)

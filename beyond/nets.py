@@ -1,0 +1,140 @@
+"""Networks that the paper does not have: the text pooled into the time embedding; work on cubes of voxels."""
+import math
+
+import torch
+from torch import nn
+
+from support.fast import Pointwise, attention, lay_out, lay_out_weights
+from support.weights import read_init
+from unet3d import HEAD_DIM, Block, UNet3D
+
+# Parts as the weights and checkpoints of these networks list them; the optimizer's state goes by this order.
+PARTS = ("squeeze", "stem", "time", "pool", "downs", "first", "attend", "rounds", "last", "ups", "head", "out")
+
+
+class TextPool(nn.Module):
+    """Learned queries attend to the text, and a small network reads what they find.   (B,N,context_dim) -> (B,out)"""
+
+    def __init__(self, context_dim, out, queries=16):
+        super().__init__()
+        self.q = nn.Parameter(torch.randn(1, 1, queries, HEAD_DIM))
+        self.kv = nn.Linear(context_dim, 2 * HEAD_DIM, bias=False)
+        self.read = nn.Sequential(nn.Linear(queries * HEAD_DIM, 64), nn.SiLU(), nn.Linear(64, out))
+
+    def forward(self, context):
+        k, v = self.kv(context)[:, None].chunk(2, dim=-1)                # (B,1,N,32) each: one head
+        return self.read(attention(self.q.expand(len(context), -1, -1, -1), k, v).flatten(1))
+
+
+def to_depth(x, p):
+    """Space to depth: each cube of p^3 voxels becomes one voxel of p^3 times the channels.
+    (B,C,D,H,W) -> (B,C p^3,D/p,H/p,W/p)"""
+    B, C, D, H, W = x.shape
+    x = x.reshape(B, C, D // p, p, H // p, p, W // p, p)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, C * p**3, D // p, H // p, W // p)
+
+
+def to_space(x, p):
+    """The inverse of to_depth.   (B,C p^3,D,H,W) -> (B,C,pD,pH,pW)"""
+    B, C, D, H, W = x.shape
+    x = x.reshape(B, C // p**3, p, p, p, D, H, W)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, C // p**3, p * D, p * H, p * W)
+
+
+class Extended(UNet3D):
+    """UNet3D, and
+
+    pooled: the text, pooled, is also added to the time embedding, so that every Block knows it.
+    patch: 2 works on cubes of 2^3 voxels, for a seventh of the arithmetic. A pointwise layer squeezes a cube to
+        `in_channels` numbers, so that all but the head costs what it does on one voxel; the head sees whole cubes, and
+        is at least as wide as the cubes that it makes.
+    Inputs: H and W are multiples of patch * 2^(levels - 1), D of patch.
+    """
+
+    def __init__(self, dim, pooled=False, patch=1, **args):
+        before = torch.get_rng_state()
+        super().__init__(dim, **args)
+        self.args |= dict(pooled=pooled, patch=patch)
+        self.patch = patch
+        if pooled:
+            self.pool = TextPool(self.args["context_dim"], 4 * dim)
+        if patch > 1:
+            cin, cout, cube = self.args["in_channels"], self.args["out_channels"], patch**3
+            wide = dim * max(1, math.ceil(cout * cube / dim))
+            self.squeeze = Pointwise(cin * cube, cin)
+            self.head = Block(2 * dim + cin * cube, wide, 0)
+            self.out = Pointwise(wide, cout * cube)
+            lay_out_weights(self)
+        if pooled or patch > 1:
+            self._modules = {name: self._modules[name] for name in PARTS if name in self._modules}
+            torch.set_rng_state(before)
+            self.draw_weights()
+
+    @torch.no_grad()
+    def draw_weights(self):
+        """The first weights, drawn in the order of PARTS, so that a seed means the same network in all versions."""
+        if self.null_text is not None:
+            self.null_text.normal_()
+        for module in self.modules():
+            if isinstance(module, TextPool):
+                module.q.normal_()
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+    def embed(self, t, context):
+        temb = super().embed(t, context)
+        return temb + self.pool(context) if self.args["pooled"] else temb
+
+    def forward(self, xt, t, context=None, drop=None):
+        if self.patch == 1:
+            return super().forward(xt, t, context, drop)
+        context = self.text(context, drop, len(xt))
+        temb = self.embed(t, context)
+        xt = lay_out(to_depth(xt, self.patch))                           # (B,8C,D/2,H/2,W/2)
+        stem = self.stem(self.squeeze(xt))
+        x = self.join(self.body(stem, temb, context), stem, xt)
+        return to_space(self.out(self.head(x, temb)), self.patch).float()
+
+
+def folded(state, net):
+    """The weights of a network with patch 1, rewritten for `net`, the same one with patch > 1, so that it first makes
+    of a volume what the old one makes of the means over its cubes of patch^3 voxels. A network trained on a small grid
+    goes on so on one twice as fine.   state: name -> tensor   -> the same
+    """
+    cube, copies, channels = net.patch**3, len(net.head.norm1.weight) // net.dim, net.stem.in_channels
+    new = dict(state)
+    new["squeeze.weight"] = torch.eye(channels).repeat_interleave(cube, 1) / cube
+    new["squeeze.bias"] = torch.zeros(channels)
+    for name in ("head.conv1", "head.skip", "head.conv2", "head.norm1", "head.norm2"):
+        for part in ("weight", "bias"):
+            new[f"{name}.{part}"] = state[f"{name}.{part}"].repeat_interleave(copies, 0)
+    for name in ("head.conv1", "head.skip"):                             # the folded input is not heard yet
+        w = new[f"{name}.weight"]
+        new[f"{name}.weight"] = torch.cat([w, w.new_zeros(len(w), channels * cube, *w.shape[2:])], 1)
+    for name in ("out.weight", "out.bias"):
+        new[name] = state[name].repeat_interleave(cube, 0)
+
+    # their inputs are copies; random weights of sum 0 over them change no output, but let them part
+    for name in ("head.conv2.weight", "out.weight"):
+        apart = net.get_parameter(name).detach().unflatten(1, (-1, copies))
+        apart = (apart - apart.mean(2, keepdim=True)).flatten(1, 2)
+        new[name] = new[name].repeat_interleave(copies, 1) / copies + apart
+    return new
+
+
+def begin_from(path, kind, net):
+    """--init from weights of the same network, of one without pooled text, or of one on voxels for one on cubes.
+    -> names of what was not there: of text pooling, or nothing"""
+    state, args = read_init(path, kind, net, free=("pooled",))
+    try:
+        if net.patch > args.get("patch", 1):
+            state = folded(state, net)
+        new, excess = net.load_state_dict(state, strict=False)
+    except (KeyError, RuntimeError) as e:                                # lacks what is folded, or has other shapes
+        raise ValueError(f"--init {path}: the weights do not fit the network that it describes ({str(e)[:200]}); "
+                         "weights that a trainer wrote are needed; name another file") from None
+    if excess or any(not k.startswith("pool.") for k in new):
+        raise ValueError(f"--init {path}: lacks {', '.join(new) or 'nothing'}, has besides "
+                         f"{', '.join(excess) or 'nothing'}; the same network is needed, or one without pooled text; "
+                         "pass its options or name another file")
+    return new

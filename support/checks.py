@@ -1,0 +1,156 @@
+"""Checks of what comes in: masks and HU of a NIfTI, the arrays of case folders. Each error says what mends it."""
+import sys
+
+import numpy as np
+
+from support.nifti import load_nifti
+from support.reports import read_report
+
+TYPES = dict(ct=np.int16, lobe=np.uint8, airway=np.uint8, vessel=np.uint8, low=np.float16, text=np.float16)
+FULL = ("ct", "lobe", "airway", "vessel")                                # arrays of the full grid
+TOP = dict(lobe=5, airway=1, vessel=1)                                   # highest label of a mask
+
+
+# --- NIfTI ---
+
+def load_channel(name, path):
+    """A CT (HU) or mask NIfTI, checked for its kind.   -> array (X,Y,Z) float32, affine"""
+    array, affine = load_nifti(path)
+    if name == "ct":
+        if array.min() > -500 or array.max() - array.min() < 100:        # air is -1000
+            raise ValueError(f"{path}: values {array.min():g} to {array.max():g}; a CT in Hounsfield units is needed; "
+                             "apply the rescale slope first")
+        return array, affine
+    labels, top = np.unique(array), TOP[name]
+    if name != "lobe" and len(labels) == 2 and labels[0] == 0:
+        array, labels = (array > 0).astype(np.float32), np.array([0, 1])  # {0,255} and the like
+    if name == "lobe" and labels[-1] >= 10 and set(labels) <= {0, 10, 11, 12, 13, 14}:
+        array, labels = np.where(array > 0, array - 9, 0), np.array([0, 5])   # TotalSegmentator's are lungmask's + 9
+    if labels[-1] == labels[0] == 0:
+        raise ValueError(f"{path}: the {name} mask is empty; a structure is needed; "
+                         "segment it again (sample.py does without masks)")
+    if (labels != np.rint(labels)).any() or labels[0] < 0 or labels[-1] > top:
+        raise ValueError(f"{path}: {name} values {labels[0]:g} to {labels[-1]:g}; labels 0..{top} are needed; "
+                         "threshold or relabel it")
+    if name == "lobe" and labels[-1] < 3:
+        print(f"warning: {path}: labels up to {labels[-1]:g}, so the left lung alone (1 LUL, 2 LLL, 3 RUL, 4 RML, "
+              "5 RLL); a mask of both lungs is not one of lobes", file=sys.stderr)
+    return array, affine
+
+
+def warn_of_cut(path, whole, inside, fov):
+    """Tell if the field of view cuts the lungs.   whole, inside: mm^3   fov: mm (D,H,W)"""
+    if inside < 0.97 * whole:                                            # less is rounding on the coarser grid
+        size = " x ".join(f"{f:g}" for f in fov[::-1])
+        print(f"warning: {path}: {1 - inside / whole:.0%} of the lungs lie outside the field of view, {size} mm",
+              file=sys.stderr)
+
+
+# --- case folders ---
+
+def array_of(case, name):
+    """One array of a case folder, mapped. ValueError unless it is one."""
+    path = case / f"{name}.npy"
+    try:
+        a = np.load(path, mmap_mode="r")
+        if not isinstance(a, np.ndarray) or not a.size:
+            raise ValueError("no array, or an empty one")
+        return a
+    except (ValueError, OSError, EOFError) as e:
+        raise ValueError(f"{path}: not readable ({e}); a case is whole; "
+                         f"run python data.py check {case.parent}") from None
+
+
+def one_size(folders, names):
+    """ValueError unless the arrays of each of these names have one shape in all cases."""
+    for name in names:
+        shapes = {array_of(case, name).shape: case for case in folders}
+        if len(shapes) > 1:
+            seen = " and ".join(f"{case}/{name}.npy is {shape}" for shape, case in list(shapes.items())[:2])
+            raise ValueError(f"{seen}; cases of one run are of one size; "
+                             "make them alike or move them to a folder of their own")
+
+
+def complete(folders, names, stage):
+    """ValueError unless every case has these arrays."""
+    for case in folders:
+        lacking = [n for n in names if not (case / f"{n}.npy").exists()]
+        if lacking:
+            way = f"python data.py check {case.parent}"
+            if "text" in lacking:
+                way = f"python text_encoder.py embed {case.parent} --model runs/text"
+            files = ", ".join(f"{name}.npy" for name in lacking)
+            raise ValueError(f"{case}: no {files}; stage {stage} needs them; run {way}")
+
+
+def enough(edge):
+    """ValueError if the first convolution spans more than a volume of this edge; bfloat16 gradients of torch 2.13 then
+    write beyond their memory (4 voxels)."""
+    if edge < 7:
+        raise ValueError(f"volumes with an edge of {edge} voxels; the first convolution spans 7; "
+                         "use larger cases, crops, or a lower --patch")
+
+
+def crop_of(text, cube, step):
+    """Text D,H,W -> (D,H,W). ValueError unless D is a multiple of `cube`, H and W are of `step`, and all are large
+    enough."""
+    crop = tuple(int(n) if n.strip().isdecimal() else 0 for n in text.split(","))
+    if len(crop) != 3 or min(crop) < 1 or crop[0] % cube or crop[1] % step or crop[2] % step:
+        raise ValueError(f"--crop {text}; D,H,W with H and W multiples of {step} and D of {cube} are needed; "
+                         "write --crop 256,80,80")
+    enough(min(crop) // cube)
+    return crop
+
+
+def faults(case, low_of):
+    """What is wrong with one case folder, each with its mending.   low_of: full arrays by name -> what low.npy must be
+    -> list of str, empty when it is sound"""
+    arrays, found = {}, []
+    for name, dtype in TYPES.items():
+        if not (case / f"{name}.npy").exists():
+            way = "run text_encoder.py embed" if name == "text" else "prepare the case again"
+            found.append(f"{name}.npy missing: {way}")
+            continue
+        try:
+            arrays[name] = a = array_of(case, name)
+        except ValueError:
+            found.append(f"{name}.npy unreadable: prepare the case again")
+            continue
+        found += faults_of_values(name, a, dtype)
+
+    grid = arrays["ct"].shape if "ct" in arrays else (0,)
+    shapes = {name: a.shape for name, a in arrays.items()}
+    if len({shapes[n] for n in FULL if n in shapes}) > 1 or len(grid) != 3 or len(set(grid)) != 1:
+        found.append(f"shapes {shapes}: all must be one cube, prepare the case again")
+    elif "low" in shapes and shapes["low"] != (len(FULL), *(n // 4 for n in grid)):
+        found.append(f"low.npy is {shapes['low']} for a grid of {grid}: prepare the case again")
+    elif not found:
+        lung = np.median(arrays["ct"][arrays["lobe"] > 0])
+        if lung > -100:
+            found.append(f"ct.npy has {lung:g} HU in the lungs (median), where air should be: "
+                         "check the rescale intercept, or the lobe mask")
+        if not np.allclose(low_of(arrays), arrays["low"], atol=2e-3):
+            found.append("low.npy is not every fourth voxel of the full arrays: prepare the case again")
+    try:
+        read_report(case / "report.txt")
+    except ValueError as e:
+        found.append(str(e))
+    return found
+
+
+def faults_of_values(name, a, dtype):
+    """What is wrong with the values of one array of a case."""
+    if a.dtype != dtype:
+        return [f"{name}.npy is {a.dtype}, not {np.dtype(dtype)}: prepare the case again"]
+    if name in TOP:
+        top = int(a.max())
+        if top == 0:
+            return [f"{name}.npy has values up to 0: the mask is empty, prepare the case again"]
+        if top > TOP[name]:
+            return [f"{name}.npy has values up to {top}: labels are wrong, prepare the case again"]
+    elif name == "ct":
+        if a.min() > -500 or a.max() < 0:
+            return [f"ct.npy spans {a.min()}..{a.max()} HU, not a chest: check the rescale slope"]
+    elif not np.isfinite(a).all():
+        return [f"{name}.npy has values that are not finite: make it again"]
+    return []

@@ -1,0 +1,97 @@
+"""Command lines: one parser for all programs, how they end, and the device and memory that they work with."""
+import argparse
+import contextlib
+import ctypes
+import re
+import sys
+
+import torch
+from tqdm import tqdm
+
+
+class Parser(argparse.ArgumentParser):
+    """Options are written with hyphens, underscores are accepted; none is abbreviated; what is wrong is one line and
+    exit code 2."""
+
+    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([hyphens(a) for a in args], namespace)
+
+    def error(self, message):
+        self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def hyphens(argument):
+    """--low_steps=2 -> --low-steps=2; values stay."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+@contextlib.contextmanager
+def exits():
+    """What every command line shares: wrong input is one line and exit code 2, a failure in mid-run is one line and 1,
+    Ctrl-C one line and 130."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError,
+            PermissionError) as e:
+        code = 2
+        tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)        # on a line of its own, bar or not
+    except KeyboardInterrupt:
+        code = 130
+        tqdm.write("stopped; what was finished is kept", file=sys.stderr)
+    except (RuntimeError, OSError, MemoryError) as e:
+        code = 1
+        tqdm.write(f"error: {type(e).__name__}: " + " ".join(str(e).split()), file=sys.stderr)
+    else:
+        return
+    raise SystemExit(code)
+
+
+def choose_device(name):
+    """"cuda" or "cpu" as asked, whichever is there if nothing was."""
+    if not name:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"--device {name}; cuda or cpu; choose one")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and int(name[5:] or 0) >= there:
+        raise ValueError(f"--device {name}; this PyTorch sees {there or 'no'} GPU; "
+                         "leave --device out, or install a CUDA build and its driver")
+    return name
+
+
+def fast_bfloat16(device):
+    """Whether the device itself multiplies in bfloat16, the default of every --amp. Others emulate it: a CPU with AVX2
+    alone, as in most laptops, took 70 times as long as in float32, one with AVX-512 but not its BF16 twice. ARM counts
+    as one of these; it was not tried."""
+    if device.startswith("cuda"):
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities()
+    return has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+
+
+def keep_memory():
+    """Let glibc keep the memory of freed tensors. It would return it to the system, which zeroes every page again at
+    the next allocation: a quarter of the time of everything on a CPU. Elsewhere (no mallopt) nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
+    mallopt(-4, 0)                                                     # M_MMAP_MAX: large blocks come from the heap too
+    mallopt(-1, 2**31 - 1)                                               # M_TRIM_THRESHOLD: which is not given back
+
+
+def release_memory():
+    """Give memory of freed tensors back to the system, which glibc does by itself only with blocks of more than some
+    32 MB. Elsewhere nothing happens."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
+
+
+def check_center(center):
+    """ValueError unless --center was left out or is three finite numbers of mm."""
+    if center and not all(abs(c) < 1e6 for c in center):
+        raise ValueError(f"--center {' '.join(map(str, center))}; three finite numbers of mm are needed; change it")

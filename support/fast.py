@@ -1,0 +1,203 @@
+"""The layers of the UNet written for speed, each beside its plain form; recomputation, and compilation of Blocks.
+
+Tensors are (B,C,D,H,W) kept in channels-last memory, where a (1,3,3) convolution is a 2D convolution over slices and a
+1x1x1 convolution is a matrix product, both without copying. benchmarks/reference.py is the same network by plain
+layers.
+"""
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+# What recomputing "norms" keeps of a Block: results of convolutions and matrix products. The rest is cheap to do again.
+DEAR = [torch.ops.aten.convolution.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
+# --- convolutions ---
+
+def by_slice(conv2d, x):
+    """A 2D convolution over every slice.   (B,C,D,H,W) -> (B,C',D,H',W'); both reshapes are views in channels-last"""
+    return conv2d(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+class SliceConv(nn.Conv2d):
+    """Conv3d, kernel (1,k,k).   (B,C,D,H,W) -> (B,C',D,H',W')"""
+
+    def forward(self, x):
+        return by_slice(super().forward, x)
+
+
+class SliceUp(nn.ConvTranspose2d):
+    """ConvTranspose3d, kernel (1,4,4), stride (1,2,2).   (B,C,D,H,W) -> (B,C',D,2H,2W)"""
+
+    def forward(self, x):
+        return by_slice(super().forward, x)
+
+
+class Pointwise(nn.Linear):
+    """Conv3d, kernel (1,1,1).   (B,C,D,H,W) -> (B,C',D,H,W)"""
+
+    def forward(self, x):
+        x = x.movedim(1, -1)                             # rows of a matrix: torch then adds the bias in the product
+        return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]).movedim(-1, 1)
+
+
+class Stem(nn.Conv3d):
+    """Conv3d, kernel (k,k,k), on few channels.   (B,C,D,H,W) -> (B,C',D,H,W)
+
+    A GPU multiplies matrices of many channels: there it is a 2D convolution over slices that hold their k neighbours
+    along D as channels, on an H200 2.4 (H) and 4.5 (G) times faster.
+    """
+
+    def forward(self, x):
+        return self.as_2d(x) if x.is_cuda else super().forward(x)
+
+    def as_2d(self, x):
+        k, D = self.kernel_size[0], x.shape[2]
+        x = F.pad(x.movedim(1, -1), (0, 0) * 3 + (k // 2, k // 2))       # (B,D+k-1,H,W,C)
+        x = torch.cat([x[:, i:i + D] for i in range(k)], -1).movedim(-1, 1)
+        weight = self.weight.transpose(1, 2).flatten(1, 2)               # (C',kC,k,k)
+        return by_slice(partial(F.conv2d, weight=weight, bias=self.bias, padding=k // 2), x)
+
+
+def side_by_side(*parts):
+    """torch.cat(parts, 1), as they lie in memory."""
+    return torch.cat([p.movedim(1, -1) for p in parts], dim=-1).movedim(-1, 1)
+
+
+def lay_out(x):
+    """x in channels-last memory, and in autocast's dtype where that is on, as the first convolution would cast it."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def lay_out_weights(net):
+    """Kernels in channels-last memory, by rank: Module.to cannot do both 2D and 3D."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for p in net.parameters():
+        if p.dim() in formats:
+            p.data = p.data.contiguous(memory_format=formats[p.dim()])
+
+
+# --- norms ---
+
+def moments(x):
+    """Mean and mean square of every channel.   (B,C,D,H,W) -> (2,B,C) float32; over slabs of equal size they average"""
+    x = x.movedim(1, -1).flatten(1, 3).float()
+    return torch.stack([x.mean(1), x.square().mean(1)])
+
+
+def norm_as_affine(norm, moments, scale_shift=None):
+    """A GroupNorm with these moments, then (1 + scale) and shift, as ONE gain and offset per sample and channel.
+    -> (B,C) each, float32"""
+    mean, square = moments.unflatten(2, (norm.num_groups, -1)).mean(3)       # (B,groups) each
+    spread = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()      # rounding alone can make it negative
+    mean, spread = (v.repeat_interleave(len(norm.weight) // norm.num_groups, 1) for v in (mean, spread))
+    gain = norm.weight * spread
+    offset = norm.bias - mean * gain
+    if scale_shift is not None:
+        scale, shift = scale_shift.float().chunk(2, dim=1)
+        gain, offset = gain * (1 + scale), offset * (1 + scale) + shift
+    return gain, offset
+
+
+def affine_silu(x, gain, offset):
+    """SiLU(x * gain + offset), in float32 between, in the dtype of x.   x: (B,C,D,H,W)   gain, offset: (B,C)"""
+    gain, offset = (v[..., None, None, None] for v in (gain, offset))
+    return F.silu(x.float() * gain + offset).to(x.dtype)
+
+
+def norm_scale_silu(x, norm, scale_shift=None):
+    """SiLU(GroupNorm(x) * (1 + scale) + shift).   x: (B,C,D,H,W)   scale_shift: (B,2C) from the time, or None
+
+    In the dtype of x with statistics in float32: autocast would lift the whole tensor to float32 for nothing.
+    On CUDA the native norm runs one thread block per group, 8 on a chip that holds hundreds; means over all voxels,
+    compiled, use it all. On a CPU the native norm is the faster one; at batch 1 its affine part absorbs scale and
+    shift.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return split_norm(x, norm, scale_shift) if x.is_cuda else native_norm(x, norm, scale_shift)
+
+
+def split_norm(x, norm, scale_shift):
+    return affine_silu(x, *norm_as_affine(norm, moments(x), scale_shift))
+
+
+def native_norm(x, norm, scale_shift):
+    dtype = x.dtype
+    if x.requires_grad:
+        x = x.float()                                                    # bf16 backward is 5x slower on a CPU
+    weight, bias = norm.weight, norm.bias
+    if scale_shift is not None:
+        scale, shift = scale_shift.float().chunk(2, dim=1)               # (B,C) each
+        weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if weight.dim() == 1:
+        x = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    elif len(x) == 1:
+        x = F.group_norm(x, norm.num_groups, weight[0], bias[0], norm.eps)
+    else:
+        weight, bias = weight[..., None, None, None], bias[..., None, None, None]
+        x = torch.addcmul(bias, F.group_norm(x, norm.num_groups, eps=norm.eps), weight)
+    return F.silu(x, inplace=not x.requires_grad).to(dtype)              # x is the norm's own: nobody else sees it
+
+
+# --- attention, guidance ---
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(32)) v, without ever holding the product.   q: (B,heads,L,32)   k, v: (B,heads,N,32)"""
+    if not q.requires_grad or q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):                   # its bf16 backward is 4x slower on a CPU
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+
+def with_and_without(net, xt, t, context):
+    """net(xt, t, context), net(xt, t, None). At once where a GPU would idle otherwise; a CPU gains nothing by it."""
+    if not xt.is_cuda:
+        return net(xt, t, context), net(xt, t, None)
+    null = torch.arange(2 * len(xt), device=xt.device) >= len(xt)
+    return net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([context, context]), null).chunk(2)
+
+
+# --- recomputation and compilation: how a network's parts run, set from outside ---
+
+def recompute(net, how, blocks, others=()):
+    """Have parts of a network work again in the backward pass rather than hold what they made.
+
+    how: "none"; "norms": of Blocks all but convolutions, little time, a third of the memory; "blocks": Blocks and
+    others whole, a third more time, an eighth   blocks, others: their classes. Compiled Blocks recompute their norms
+    unasked.
+    """
+    if how not in ("none", "norms", "blocks"):
+        raise ValueError(f"--checkpointing {how}; none, norms or blocks; choose one")
+    keep = {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)} if how == "norms" else {}
+    for module in net.modules():
+        if how == "blocks" and isinstance(module, (blocks, *others)) or how == "norms" and isinstance(module, blocks):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, **keep)
+
+
+def compile_blocks(net, blocks):
+    """Compile every Block by itself: like Blocks share their code, so this takes a minute where the whole network would
+    take many.   blocks: their class"""
+    torch._dynamo.config.recompile_limit = 128                           # one version for each shape; the default is 8
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    torch._dynamo.config.optimize_ddp = False                         # would cut Blocks at the borders of DDP's buckets
+    torch._functorch.config.ban_recompute_used_far_apart = False         # would hold what norms see in float32: twice
+    for module in net.modules():
+        if isinstance(module, blocks):
+            module.forward = torch.compile(module.forward, dynamic=False)
+
+
+def place(net, device, amp):
+    """A network on its device, for inference; with amp its weights in bfloat16 once rather than at every step, which is
+    what autocast would do."""
+    net.to(device).eval()
+    torch.backends.cudnn.benchmark = True                # one shape, many steps: the search for the fastest pays
+    if amp:
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.data = p.data.bfloat16()

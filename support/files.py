@@ -1,0 +1,63 @@
+"""Files and folders that appear whole or not at all, and safetensors with what they say about themselves."""
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+
+def write_atomic(path, data):
+    """Bytes, or what a function writes to a file, to a file that appears whole or not at all: written beside, forced to
+    disk, renamed."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            if callable(data):
+                data(f)
+            else:
+                f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder, overwrite=False):
+    """A folder beside `folder` to write into; at the end of the block it becomes `folder`, after an error it is gone.
+    overwrite: a folder that is there is kept until then; else it is an error by the system's own rename."""
+    folder = Path(folder)
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)                              # left by a killed run
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if overwrite and folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        part.rename(folder)
+        if overwrite:
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def read_safetensors(path):
+    """Weights, ours or others'.   -> state dict, what `runs.export` says about them (kind, args, grid, step,
+    provenance; {} for others')"""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as f:
+            state = {k: f.get_tensor(k) for k in f.keys()}
+            about = json.loads((f.metadata() or {}).get("medsyn", "{}"))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path}: not readable safetensors ({e}); an LFS pointer or a broken download looks so; "
+                         "check the path or fetch it again") from None
+    kinds = dict(args=dict, grid=int, provenance=dict)
+    whole = isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in kinds.items())
+    if about != {} and not whole:
+        raise ValueError(f"{path}: describes itself as no network of this project; "
+                         "weights that a trainer wrote are needed; name another file")
+    return state, about

@@ -1,0 +1,123 @@
+"""NIfTI in and out, and volumes from one grid to another. An affine takes an array's index to world mm, RAS+."""
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from support.files import write_atomic
+
+MAX_BYTES = 4 << 30               # of one NIfTI's voxels; beyond it is a broken or hostile header
+# nibabel is imported where it is needed: a GPU machine that only trains has none
+
+
+def load_nifti(path):
+    """A 3D NIfTI in closest canonical (RAS+) order.   -> array (X,Y,Z) float32, affine (4,4)
+
+    ValueError if the file is not whole (nibabel does not check gzip's sum), not 3D, not real-valued, or has no usable
+    geometry. The header is judged before any voxel is read.
+    """
+    import nibabel
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a NIfTI (.nii or .nii.gz) is needed; check the path")
+    with open(path, "rb") as f:
+        opener = gzip.open if f.read(2) == b"\x1f\x8b" else open         # whatever its name says
+    damage = (OSError, EOFError, ValueError, OverflowError, zlib.error, nibabel.spatialimages.HeaderDataError,
+              nibabel.wrapstruct.WrapStructError, nibabel.orientations.OrientationError)
+    try:
+        with opener(path, "rb") as f, nibabel.imageglobals.LoggingOutputSuppressor():
+            header = nibabel.Nifti1Header.from_fileobj(f, check=True)
+        shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
+    except damage as e:
+        raise ValueError(f"{path}: no readable NIfTI-1 header ({e}); "
+                         "a .nii or .nii.gz volume is needed; convert or copy it again") from None
+    size = check_header(path, header, shape, dtype, affine)
+    try:
+        need = int(header.get_data_offset()) + size
+        with opener(path, "rb") as f:
+            raw = f.read(need)
+            while opener is gzip.open and f.read(1 << 20):               # to its end, where the check sum is
+                pass
+        if len(raw) < need:
+            raise EOFError(f"cut short, {len(raw)} bytes of {need}")
+        with np.errstate(over="ignore"), nibabel.imageglobals.LoggingOutputSuppressor():
+            image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(raw))
+            array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])     # too large becomes infinite
+    except damage as e:
+        raise ValueError(f"{path}: damaged ({e}); the whole file is needed; copy it again") from None
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite; "
+                         "all must be numbers; mend it first")
+    return array, image.affine
+
+
+def check_header(path, header, shape, dtype, affine):
+    """ValueError unless a header describes one 3D volume of real numbers with a place in the world.   -> bytes of
+    voxels"""
+    if header["sform_code"] <= 0 and header["qform_code"] <= 0:          # nibabel would guess, and take left for right
+        raise ValueError(f"{path}: neither sform nor qform is set; which side is the left is not known; "
+                         "write an affine into the header")
+    if len(shape) == 4 and shape[3] == 1:
+        shape = shape[:3]
+    if len(shape) != 3 or min(shape) < 2:
+        raise ValueError(f"{path}: shape {tuple(shape)}; one 3D volume is needed; extract it first")
+    if dtype.kind not in "iuf":
+        raise ValueError(f"{path}: voxels of type {dtype}; real numbers are needed; convert it first")
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: the header claims {shape}, {size / 2**30:.0f} GiB; "
+                         f"at most {MAX_BYTES >> 30} GiB; crop it or mend the header")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise ValueError(f"{path}: its affine is not finite or flat; voxels need a place in the world; mend the header")
+    return size
+
+
+def save_nifti(path, array, affine):
+    """An array of the model's frame -> NIfTI, RAS+, sform and qform code 1, mm. The file appears whole or not at all.
+
+    array: (D,H,W) int16 HU or uint8 labels   affine: its index (d,h,w) -> world, as `data.grid_affine` has it
+    """
+    import nibabel
+    ras = np.ascontiguousarray(array.transpose(2, 1, 0)[::-1])           # (x,y,z), x towards the right
+    flip = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, len(array) - 1], [0, 0, 0, 1.0]])    # (x,y,z) -> (d,h,w)
+    image = nibabel.Nifti1Image(ras, affine @ flip)
+    image.set_sform(affine @ flip, 1)
+    image.set_qform(affine @ flip, 1)
+    image.header.set_xyzt_units("mm")
+    write_atomic(path, gzip.compress(image.to_bytes(), 4, mtime=0))
+
+
+def resample(array, affine, out_affine, shape, linear, fill=0):
+    """An array (any orientation, oblique too) sampled on another grid.   array: (X,Y,Z), affine: its index -> world
+    out_affine: output index -> world, shape of the output   linear: trilinear, averaged over sub-voxels where the
+    output is coarser (no aliasing); else nearest   fill: the value outside.   -> float32 array of `shape`
+    """
+    M = np.linalg.inv(affine) @ out_affine                               # output index -> input index
+    source = torch.from_numpy(np.ascontiguousarray(array, np.float32))[None, None] - fill
+    size = torch.tensor(array.shape, dtype=torch.float64)
+    ratio = np.linalg.norm(M[:3, :3], axis=0)                            # input voxels per output voxel, by axis
+    counts = np.rint(ratio).clip(1, 4).astype(int) if linear else (1, 1, 1)
+    subs = [(np.arange(n) + 0.5) / n - 0.5 for n in counts]
+    offsets = np.stack(np.meshgrid(*subs, indexing="ij"), -1).reshape(-1, 3)
+    axes = [torch.arange(n, dtype=torch.float64) for n in shape]
+    turn, shift = torch.from_numpy(M[:3, :3].T.copy()), torch.from_numpy(M[:3, 3])
+    mode = "bilinear" if linear else "nearest"
+    out = torch.empty(*shape)
+    for d in range(0, shape[0], 16):                                   # in slabs: the coordinates are thrice the volume
+        ijk = torch.stack(torch.meshgrid(axes[0][d:d + 16], *axes[1:], indexing="ij"), -1)
+        total = 0
+        for offset in offsets:
+            where = (ijk + torch.from_numpy(offset)) @ turn + shift
+            where = ((2 * where + 1) / size - 1).flip(-1).float()[None]  # grid_sample's own units, last axis first
+            total = total + F.grid_sample(source, where, mode, align_corners=False)[0, 0]
+        out[d:d + 16] = total / len(offsets)
+    return (out + fill).numpy()
+
+
+def box_center(array, affine):
+    """World mm of the centre of the bounding box of array > 0, along the array's axes.   -> (3,)"""
+    spans = [np.flatnonzero((array > 0).any(tuple({0, 1, 2} - {k})))[[0, -1]] for k in range(3)]
+    return affine[:3, :3] @ [s.mean() for s in spans] + affine[:3, 3]

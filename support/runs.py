@@ -1,0 +1,190 @@
+"""A training run: its processes; the run folder's lock, checkpoints and log."""
+import contextlib
+import csv
+import fcntl
+import io
+import os
+import pickle
+import signal
+import sys
+import zipfile
+from collections import namedtuple
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from support.files import write_atomic
+from support.weights import tricks, without_idle
+
+# What may change when a run goes on; all else is what it began with.
+FREE = set("data out init device amp steps micro checkpointing compile zero lr augment ema ema_every ema_start workers "
+           "log_every save_every show_every cool late windows bullae".split())
+
+Machine = namedtuple("Machine", "device rank world")                     # world: how many processes train together
+
+
+# --- processes ---
+
+def setup(cfg):
+    """Processes and device.   -> Machine"""
+    if "RANK" in os.environ:
+        backend = "cpu:gloo,cuda:nccl" if cfg.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = torch.device(cfg.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if cfg.batch % (cfg.micro * world):
+        raise ValueError(f"--batch {cfg.batch} with {world} processes of --micro {cfg.micro}; "
+                         "batch must be a multiple of their product; change one")
+    return Machine(device, rank, world)
+
+
+@contextlib.contextmanager
+def alone(out, rank):
+    """The run folder, for this run only, and a list that gathers the signals which ask to stop once the step is
+    done."""
+    out.mkdir(parents=True, exist_ok=True)
+    asked = []
+    with open(out / "lock", "w") as lock:
+        try:
+            if rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another training writes here; one run a folder; "
+                             "wait for it or choose another --out") from None
+        before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield asked
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+def ignore_signals(_):
+    """For loader workers: when to stop is the training process's to decide."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+
+
+# --- checkpoints ---
+
+def is_new(out):
+    """Whether a run has no checkpoint yet."""
+    return not any((Path(out) / name).exists() for name in ("last.pt", "previous.pt"))
+
+
+def load_checkpoint(cfg, trained_on):
+    """The newest readable checkpoint of a run, or None. ValueError if it belongs to another configuration, or was
+    `trained_on` other cases, another grid or another network."""
+    out = Path(cfg.out)
+    for path in (out / "last.pt", out / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = read_checkpoint(path)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, RuntimeError, OSError, EOFError) as e:
+            print(f"warning: {path} is not readable ({type(e).__name__}: {e}); trying the one before it",
+                  file=sys.stderr)
+            continue
+        check_configuration(path, state, cfg)
+        check_cases(state, cfg, trained_on)
+        return state
+    if not is_new(out):
+        raise ValueError(f"{out}: no checkpoint is readable; a run is never restarted silently; "
+                         "remove the folder to begin anew")
+    return None
+
+
+def read_checkpoint(path):
+    with zipfile.ZipFile(path) as z:                                     # torch.load itself notices no bit rot
+        bad = z.testzip()
+    if bad:
+        raise ValueError(f"{bad} fails its check sum")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    kinds = dict(kind=str, step=int, config=dict, net=dict, ema=dict, opt=dict)
+    whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+    if not whole or not state["opt"].get("param_groups"):
+        raise ValueError("no checkpoint of these trainers")
+    return state
+
+
+def check_configuration(path, state, cfg):
+    """ValueError if a checkpoint is of another configuration than the run that would go on from it."""
+    now, then = asdict(cfg), state["config"]
+    lacking = [f"--{k.replace('_', '-')} {v}" for k, v in tricks(then).items() if k not in now]
+    if lacking:
+        raise ValueError(f"{path}: a run with {', '.join(lacking)}, which this trainer does not have and does not go "
+                         f"on without; run python -m beyond.train_{state['kind']} with the same options")
+    differing = [f"{k} {v!r} -> {now[k]!r}" for k, v in then.items() if k in now and k not in FREE and now[k] != v]
+    differing += [f"{k} absent -> {v!r}" for k, v in tricks(now).items() if k not in then and k not in FREE]
+    if state["kind"] != cfg.kind or differing:
+        raise ValueError(f"{path}: a run of kind {state['kind']} that differs in {', '.join(differing) or 'kind'}; "
+                         "a run keeps its configuration; repeat its options or choose another --out")
+
+
+def check_cases(state, cfg, trained_on):
+    """ValueError if a checkpoint was trained on other cases, another grid or another network."""
+    then, now = ({**which, "args": without_idle(which["args"])} for which in ({**trained_on, **state}, trained_on))
+    differing = [k for k in trained_on if then[k] != now[k]]
+    if differing:
+        raise ValueError(
+            f"{cfg.data}: {len(trained_on['cases'])} cases to train on, which differ in {', '.join(differing)} from "
+            f"those that {cfg.out} began with; the order of its samples, and what is held out, would change; "
+            "put the same cases there, or begin anew in another --out with --init")
+
+
+def save_checkpoint(out, state):
+    """last.pt becomes previous.pt, the new one appears whole."""
+    if (out / "last.pt").exists():
+        os.replace(out / "last.pt", out / "previous.pt")
+    write_atomic(out / "last.pt", lambda f: torch.save(state, f))
+
+
+# --- an optimizer whose state is shared out among the processes (--zero) ---
+
+def gather_shares(opt, rank, world):
+    """Adam's shares of a ZeroRedundancyOptimizer, on the CPU of rank 0, where `opt.state_dict()` then has them all.
+    `consolidate_state_dict` does the same, but turns bytes into a tensor one by one: minutes for the paper's G."""
+    mine = opt.optim.state_dict()
+    mine["state"] = {i: {k: v.cpu() for k, v in state.items()} for i, state in mine["state"].items()}
+    shares = [None] * world if rank == 0 else None
+    dist.gather_object(mine, shares)
+    opt._all_state_dicts = shares or []
+
+
+def restore(opt, state, device):
+    """A checkpoint's state into an optimizer, shared out or not."""
+    opt.load_state_dict(state)
+    if isinstance(opt, ZeroRedundancyOptimizer):
+        opt.state.clear()                                # its second, unused copy of its share
+        for s in opt.optim.state.values():             # and it puts this on the CPU, where a fused AdamW on a GPU fails
+            s["step"] = s["step"].to(device)
+
+
+# --- log ---
+
+class Log:
+    """loss.csv: rows are gathered, and written with the checkpoint that they belong to."""
+
+    def __init__(self, path):
+        self.path, self.rows = path, io.StringIO()
+
+    def add(self, *row):
+        csv.writer(self.rows).writerow(row)
+
+    def write(self, step):
+        """Lines beyond the step of the checkpoint, from a run that died after writing them, are dropped first."""
+        old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        new = self.rows.getvalue().splitlines()
+        first = int(new[0].split(",")[0]) if new else step + 1
+        old = [line for line in old if line.strip() and int(line.split(",")[0]) < first]
+        lines = ["step,loss,validation,gradient_norm,seconds", *old, *new]
+        write_atomic(self.path, ("\n".join(lines) + "\n").encode())
+        self.rows = io.StringIO()

@@ -1,0 +1,211 @@
+"""Weights on disk: written by the trainers, read by them and by sample.py; and how they want to be sampled.
+
+Weights that want what the paper does not have name it in their metadata; only for these `beyond` is opened.
+"""
+import json
+import sys
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+from safetensors.torch import save
+
+from support.files import read_safetensors, write_atomic
+from support.released import from_released, read_released
+
+# Options and arguments of networks that the paper does not have, at the values where they do nothing.
+BEYOND = dict(pooled=False, patch=1, late=0.0, cool=0.0, windows=0.0, bullae=0.0, given=0.0, warm_up=None)
+
+
+def tricks(options):
+    """Those of the options or arguments that the paper does not have and that do something."""
+    return {k: v for k, v in options.items() if k in BEYOND and k != "warm_up" and v not in (None, BEYOND[k])}
+
+
+def without_idle(options):
+    """The options or arguments but those that the paper does not have and that do nothing."""
+    return {k: v for k, v in options.items() if k not in BEYOND or k in tricks(options)}
+
+
+def beyond(name):
+    """The one door to what the paper does not have: a file of beyond/, imported when it is asked for; None where that
+    folder is deleted."""
+    try:
+        return import_module(f"beyond.{name}")
+    except ModuleNotFoundError as e:
+        if e.name.split(".")[0] != "beyond":
+            raise
+        return None
+
+
+# --- written ---
+
+def export(path, cfg, ema, grid, step, n):
+    """EMA weights for sample.py: safetensors in float16, with the constructor's arguments and provenance in the
+    metadata; beside them, in sampling.json, how they want to be sampled.   n: cases that they were trained on"""
+    program = Path(sys.argv[0])
+    program = f"-m beyond.{program.stem}" if program.parent.name == "beyond" else program.name
+    command = " ".join(["python", program, *sys.argv[1:]])
+    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step,
+                 provenance=dict(command=command, cases=n, config=asdict(cfg)))
+    weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
+    write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
+    write_atomic(path.with_name("sampling.json"), (json.dumps(cfg.sampling()) + "\n").encode())
+
+
+# --- read ---
+
+def build(args, UNet3D):
+    """The network that its arguments describe: the method's, or where they ask for more one of beyond/nets.py."""
+    if tricks(args):
+        nets = beyond("nets")
+        if nets is None:
+            raise ValueError(f"a network with {', '.join(tricks(args))}, which the paper does not have; beyond/nets.py "
+                             "builds it and is not there; use other weights or restore that folder")
+        UNet3D = nets.Extended
+    return UNet3D(**without_idle(args))
+
+
+def read_own(path, kind, UNet3D):
+    """A file that `export` wrote -> net, about: kind, grid, step, args, provenance."""
+    state, about = read_safetensors(path)
+    if about.get("kind") != kind:
+        raise ValueError(f"{path}: weights of kind {about.get('kind')}, not {kind}; each stage has its own; "
+                         "put the right file there")
+    try:
+        net = build(about["args"], UNet3D)
+        net.load_state_dict({k: v.float() for k, v in state.items()})
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(f"{path}: the weights do not fit the network that it describes ({str(e)[:200]}); "
+                         "a trainer of this version wrote another form; train or fetch it again") from None
+    return net, about
+
+
+def read_init(path, kind, net, free=()):
+    """--init: weights to train on from.   free: arguments in which they may differ from `net`   -> state dict,
+    arguments"""
+    try:
+        state, about = read_safetensors(path)
+    except ValueError as e:
+        raise ValueError(f"--init {e}") from None
+    args = without_idle(about.get("args", {}))
+    differing = {k: v for k, v in args.items() if v != net.args.get(k) and k not in free}
+    if about.get("kind") != kind or differing:
+        raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has "
+                         "others; pass the options of that network")
+    return {k: v.float() for k, v in state.items()}, args
+
+
+def begin_from(path, kind, net):
+    """The weights of --init, into `net`."""
+    state, _ = read_init(path, kind, net)
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"--init {path}: the weights do not fit the network that it describes ({str(e)[:200]}); "
+                         "weights that a trainer wrote are needed; name another file") from None
+
+
+def load_stages(model, UNet3D):
+    """A model folder, a runs/ folder, or the authors' *_ckpt folders -> {"low": (net, about), "sr": (net, about)},
+    those that are there.   about: kind, grid (edge of what the stage makes), file; of our own weights also step and
+    provenance
+    """
+    model, stages = Path(model), {}
+    if not model.is_dir():
+        raise ValueError(f"--model {model}: no such folder; it holds low.safetensors and sr.safetensors; "
+                         "check the path")
+    for kind in ("low", "sr"):
+        places = (model / f"{kind}.safetensors", model / kind / f"{kind}.safetensors")
+        path = next((p for p in places if p.is_file()), None)
+        if path is not None:
+            net, about = read_own(path, kind, UNet3D)
+            stages[kind] = net, {**about, "file": str(path)}
+    if not stages:
+        for folder in sorted(model.glob("*_ckpt")):
+            net = from_released(read_released(folder), UNet3D)
+            kind = "sr" if net.args["in_channels"] == 8 else "low"
+            stages[kind] = net, dict(kind=kind, grid=256 if kind == "sr" else 64, file=str(folder),
+                                     provenance="released weights, CC-BY-NC")
+    if "low" not in stages:
+        raise ValueError(f"--model {model}: neither low.safetensors nor released *_ckpt folders in it; "
+                         "stage 1 is always needed; train it with train_low.py or name another folder")
+    return stages
+
+
+def check_pair(stages, model, scale):
+    """ValueError unless both stages are there and the second begins where the first ends."""
+    if "sr" not in stages:
+        raise ValueError(f"--model {model}: no stage-2 weights; the full grid needs them; "
+                         "train them with train_sr.py or pass --stop-at-low")
+    low, sr = (stages[kind][1]["grid"] for kind in ("low", "sr"))
+    if sr != scale * low:
+        raise ValueError(f"--model {model}: stage 1 makes {low}^3, stage 2 {sr}^3 where {scale * low}^3 is next; "
+                         "the two belong together; put weights of one size there or pass --stop-at-low")
+
+
+# --- how they want to be sampled ---
+
+SAMPLING = dict(low_steps=int, sr_steps=int, guidance=(int, float), interval=list, solver=str, agree=bool, tidy=bool,
+                shown=list)
+OF_STAGE_2 = ("sr_steps", "agree", "tidy")
+
+
+def how_to_sample(stages):
+    """What sampling.json beside the weights of each stage says, merged. Where there is none, what the weights' metadata
+    imply, which is said.   stages: as `load_stages` gives them   -> dict, some of SAMPLING"""
+    merged = {}
+    for kind, (_, about) in stages.items():
+        path = Path(about["file"]).with_name("sampling.json")
+        found = read_sampling(path) if path.is_file() else implied(kind, about)
+        if found and not path.is_file():
+            words = ", ".join(f"{k} {v}" for k, v in found.items())
+            print(f"{path} is not there; {Path(about['file']).name} is sampled as its metadata say: {words}")
+        shown = sorted({*merged.get("shown", []), *found.get("shown", [])})
+        merged |= found | ({"shown": shown} if shown else {})
+    return {k: v for k, v in merged.items() if "sr" in stages or k not in OF_STAGE_2}
+
+
+def read_sampling(path):
+    """What a sampling.json says, or ValueError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        right = isinstance(found, dict) and all(k in SAMPLING and isinstance(v, SAMPLING[k]) for k, v in found.items())
+        right = right and all(isinstance(t, (int, float)) for t in found.get("interval", []))
+        right = right and all(stage in ("low", "sr") for stage in found.get("shown", []))
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"{path}: says not how to sample; a JSON object with some of {', '.join(SAMPLING)} is needed; "
+                         "mend it, remove it, or pass --plain")
+    return found
+
+
+def implied(kind, about):
+    """How weights of trainers from before sampling.json are sampled: their configurations still name the tricks, idle
+    or not. Released weights, and the method's own: as the paper has it, with guidance."""
+    config, found = about["provenance"].get("config", {}) if "step" in about else {}, {}
+    if not config.keys() & BEYOND.keys():
+        return {}
+    if config.get("given"):
+        found["shown"] = [kind]
+    if kind == "sr":
+        found["tidy"] = True
+        if str(config.get("preset", "")).startswith("demo"):
+            found["agree"] = True
+    return found
+
+
+def check_sampling(s):
+    """ValueError for a way of sampling that means nothing.   s: some of SAMPLING; None is not given"""
+    for name in ("low_steps", "sr_steps"):
+        if s.get(name) is not None and s[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {s[name]}; at least 1 is needed; change it")
+    scale, interval = s.get("guidance"), s.get("interval")
+    if scale is not None and not 0 <= scale < float("inf"):
+        raise ValueError(f"--guidance {scale}; a finite number, not negative, is needed; 2 is usual")
+    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise ValueError(f"--guidance-interval {' '.join(map(str, interval))}; two times, 0 <= FROM <= TO <= 1, are "
+                         "needed; change them")
+    if s.get("solver") not in (None, "ddim", "dpm"):
+        raise ValueError(f"solver {s['solver']}; ddim or dpm; mend sampling.json or pass --solver")

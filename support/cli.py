@@ -25,11 +25,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def hyphens(argument):
-    """--low_steps=2 -> --low-steps=2; values stay."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    """--low_steps=2 -> --low-steps=2; values stay, those that hold options of another program too."""
+    option = re.fullmatch(r"(--[\w-]+)(=.*)?", argument, re.DOTALL)
+    return option[1].replace("_", "-") + (option[2] or "") if option else argument
 
 
 @contextlib.contextmanager

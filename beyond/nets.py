@@ -1,15 +1,22 @@
-"""Networks that the paper does not have: the text pooled into the time embedding; work on cubes of voxels."""
+"""Networks that the paper does not have: the text pooled into the time embedding; work on cubes of voxels; and on these
+networks that copy what they see."""
 import math
 
 import torch
 from torch import nn
 
-from support.fast import Pointwise, attention, lay_out, lay_out_weights
+from diffusion import alpha_bar
+from support.fast import Pointwise, Stem, attention, lay_out, lay_out_weights
 from support.weights import read_init
 from unet3d import HEAD_DIM, Block, UNet3D
 
 # Parts as the weights and checkpoints of these networks list them; the optimizer's state goes by this order.
 PARTS = ("squeeze", "stem", "time", "pool", "downs", "first", "attend", "rounds", "last", "ups", "head", "out")
+
+
+def form(args):
+    """The class of network that arguments ask for."""
+    return Sharp if args.get("fine") else Extended
 
 
 class TextPool(nn.Module):
@@ -96,6 +103,54 @@ class Extended(UNet3D):
         return to_space(self.out(self.head(x, temb)), self.patch).float()
 
 
+class Sharp(Extended):
+    """A network on cubes that copies what it sees where there is little noise: the whole cube goes into the stem, the
+    head knows the time, and at the end a Block of `fine` channels works on voxels, on [xt, features]. What it predicts
+    is preconditioned, after Karras et al. 2022 (arXiv 2206.00364), for x_0 under our schedule:
+
+        x0_hat = mean + c_skip (xt - sqrt(abar) mean) + c_out F(xt, t)
+        c_skip = sqrt(abar) s^2 / (abar s^2 + 1 - abar)              the Wiener estimate of data N(mean, s^2)
+        c_out  = sqrt(s^2 (1 - abar) / (abar s^2 + 1 - abar))        its error, so that F is of size 1 at every t
+
+    fine: width of the last Block   mean, std: of each channel of x_0 over the data, `statistics`
+    """
+
+    def __init__(self, dim, fine=8, mean=(0.0,) * 4, std=(1.0,) * 4, **args):
+        super().__init__(dim, **args)
+        cin, cout, cube, wide = self.args["in_channels"], self.args["out_channels"], self.patch**3, self.out.in_features
+        self.args |= dict(fine=fine, mean=list(mean), std=list(std))
+        del self.squeeze
+        self.stem = Stem(cin * cube, dim, 7, padding=3)
+        self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
+        self.out = Pointwise(wide, (cout + fine) * cube)
+        self.fine, self.detail = Block(cin + cout + fine, fine, 4 * dim, volume=True), Pointwise(fine, cout)
+        lay_out_weights(self)
+
+    def forward(self, xt, t, context=None, drop=None):
+        context = self.text(context, drop, len(xt))
+        temb = self.embed(t, context)
+        cubes = lay_out(to_depth(xt, self.patch))                        # (B,8C,D/2,H/2,W/2)
+        stem = self.stem(cubes)
+        x = self.head(self.join(self.body(stem, temb, context), stem, cubes), temb)
+        x = lay_out(to_space(self.out(x), self.patch))                   # (B,4+fine,D,H,W)
+        F = x[:, :self.args["out_channels"]] + self.detail(self.fine(self.join(lay_out(xt), x), temb))
+        return self.precondition(xt, t, F)
+
+    def precondition(self, xt, t, F):
+        """F -> x0_hat, in float32.   xt: the network's input, x_t its last channels   F: (B,4,D,H,W)"""
+        xt, F, abar = xt[:, -F.shape[1]:].float(), F.float(), alpha_bar(t)
+        mean, std = (xt.new_tensor(self.args[name]).reshape(1, -1, 1, 1, 1) for name in ("mean", "std"))
+        error = abar * std**2 + 1 - abar
+        c_skip, c_out = abar.sqrt() * std**2 / error, std * ((1 - abar) / error).sqrt()
+        return mean + c_skip * (xt - abar.sqrt() * mean) + c_out * F
+
+
+def statistics(dataset, n=64):
+    """Mean and standard deviation of each channel of x_0 over the first items of a dataset.   -> two lists of 4"""
+    x = torch.stack([dataset[k][1].flatten(1) for k in range(min(n, len(dataset)))])     # (n,4,voxels)
+    return x.mean((0, 2)).tolist(), x.std((0, 2)).tolist()
+
+
 def folded(state, net):
     """The weights of a network with patch 1, rewritten for `net`, the same one with patch > 1, so that it first makes
     of a volume what the old one makes of the means over its cubes of patch^3 voxels. A network trained on a small grid
@@ -122,6 +177,26 @@ def folded(state, net):
     return new
 
 
+def sharpened(state, net):
+    """The weights of a network on cubes, rewritten for `net`, a Sharp one, so that where noise is all it makes what the
+    old one makes, but for the edges of the volume. There F = (x0_hat - mean) / std.   state: name -> tensor -> the same
+    """
+    new, cube = dict(state), net.patch**3
+    squeeze, bias = new.pop("squeeze.weight"), new.pop("squeeze.bias")
+    stem = new["stem.weight"]
+    new["stem.weight"] = torch.einsum("ocdhw,ck->okdhw", stem, squeeze)
+    new["stem.bias"] = new["stem.bias"] + torch.einsum("ocdhw,c->o", stem, bias)
+    mean, std = (torch.tensor(net.args[name]).repeat_interleave(cube) for name in ("mean", "std"))
+    own = {name: net.state_dict()[name].clone() for name in ("head.time.weight", "head.time.bias", "out.weight",
+                                                             "out.bias", "detail.weight", "detail.bias")}
+    for name in ("head.time.weight", "head.time.bias", "detail.weight", "detail.bias"):
+        own[name].zero_()
+    own["out.weight"][:len(std)] = state["out.weight"] / std[:, None]
+    own["out.bias"][:len(std)] = (state["out.bias"] - mean) / std
+    fine = {name: value for name, value in net.state_dict().items() if name.startswith("fine.")}
+    return new | own | fine
+
+
 def begin_from(path, kind, net):
     """--init from weights of the same network, of one without pooled text, or of one on voxels for one on cubes.
     -> names of what was not there: of text pooling, or nothing"""
@@ -129,6 +204,8 @@ def begin_from(path, kind, net):
     try:
         if net.patch > args.get("patch", 1):
             state = folded(state, net)
+        if net.args.get("fine") and not args.get("fine"):
+            state = sharpened(state, net)
         new, excess = net.load_state_dict(state, strict=False)
     except (KeyError, RuntimeError) as e:                                # lacks what is folded, or has other shapes
         raise ValueError(f"--init {path}: the weights do not fit the network that it describes ({str(e)[:200]}); "

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import train_low
 from beyond.losses import choose_given, draw_given, loss
-from beyond.nets import Extended, begin_from
+from beyond.nets import Extended, Sharp, begin_from, statistics
 from data import CHANNELS
 from support.cli import exits
 from support.options import arg, parse
@@ -31,6 +31,8 @@ class Tricks:
     bullae: float = arg(0.0, "with --windows: how much more a voxel of empty lung counts there")
     given: float = arg(0.0, "share of samples in which the CT, or some masks, are shown without noise", 0, 1)
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a seventh of the arithmetic", 1)
+
+    fine: int = arg(0, "with --patch 2: width of a last Block on voxels, in a network that copies what it sees")
 
     def rate(self, step):
         return self.lr * min(1, (self.steps - step) / max(1, self.cool * self.steps))
@@ -58,10 +60,20 @@ class Config(Tricks, train_low.Config):
         return super().sampling() | self.shown()
 
 
+def make_net(cfg, dataset, **args):
+    """The form of network that the options ask for."""
+    if not cfg.fine:
+        return Extended(cfg.dim, patch=cfg.patch, **args)
+    if cfg.patch == 1:
+        raise ValueError(f"--fine {cfg.fine} with --patch 1; it belongs to networks on cubes; pass --patch 2")
+    mean, std = statistics(dataset)
+    return Sharp(cfg.dim, cfg.fine, mean, std, patch=cfg.patch, **args)
+
+
 def low_net(cfg, dataset):
     tokens, width = dataset[0][2].shape
-    net = Extended(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens,
-                   pooled=cfg.pooled, patch=cfg.patch)
+    net = make_net(cfg, dataset, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens,
+                   pooled=cfg.pooled)
     if is_new(cfg.out):
         untaught = not cfg.init or begin_from(cfg.init, "low", net)
         if cfg.pooled and cfg.warm_up and untaught:

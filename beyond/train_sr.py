@@ -12,8 +12,8 @@ import torch
 
 import train_sr
 from beyond.losses import choose_given, draw_given, loss, misplace
-from beyond.nets import Extended, begin_from
-from beyond.train_low import Tricks
+from beyond.nets import begin_from
+from beyond.train_low import Tricks, make_net
 from support.cli import exits
 from support.options import arg, parse
 from support.runs import is_new
@@ -35,8 +35,8 @@ class Config(Tricks, train_sr.Config):
 
 
 def sr_net(cfg, dataset):
-    net = Extended(cfg.dim, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels,
-                   bottom=cfg.bottom, patch=cfg.patch)
+    net = make_net(cfg, dataset, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels,
+                   bottom=cfg.bottom)
     if cfg.init and is_new(cfg.out):
         begin_from(cfg.init, "sr", net)
     return net

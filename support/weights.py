@@ -14,7 +14,7 @@ from support.files import read_safetensors, write_atomic
 from support.released import from_released, read_released
 
 # Options and arguments of networks that the paper does not have, at the values where they do nothing.
-BEYOND = dict(pooled=False, patch=1, late=0.0, cool=0.0, windows=0.0, bullae=0.0, given=0.0, warm_up=None)
+BEYOND = dict(pooled=False, patch=1, late=0.0, cool=0.0, windows=0.0, bullae=0.0, given=0.0, fine=0, warm_up=None)
 
 
 def tricks(options):
@@ -62,7 +62,7 @@ def build(args, UNet3D):
         if nets is None:
             raise ValueError(f"a network with {', '.join(tricks(args))}, which the paper does not have; beyond/nets.py "
                              "builds it and is not there; use other weights or restore that folder")
-        UNet3D = nets.Extended
+        UNet3D = nets.form(args)
     return UNet3D(**without_idle(args))
 
 

@@ -1,12 +1,13 @@
 """Cases: a chest CT with lobe, airway and vessel masks and a report, as a folder of arrays that training can map.
-Paper sec. 5.1; the window and the grid are the released code's; `encode` has the codings.
+Paper sec. 5.1; the window and the grid are the released code's, whose repository is github.com/batmanlab/MedSyn.
 
     python data.py prepare --ct ct.nii.gz --lobe l.nii.gz --airway a.nii.gz --vessel v.nii.gz --report r.txt \\
         --out data/train/case1
     python data.py check data/train
 
 Arrays are (D,H,W): D inferior -> superior, H posterior -> anterior, W right -> left.
-NIfTI goes in through its closest canonical form and comes out RAS+, so that every viewer overlays the two.
+NIfTI goes in through its closest canonical form and comes out RAS+, so that every viewer overlays what comes out on
+what went in.
 """
 import json
 from pathlib import Path
@@ -90,7 +91,7 @@ def to_model(paths, grid, center=None):
 
 
 def downsample(arrays):
-    """Every fourth voxel of the full arrays, coded (sec. 5.1: nearest).   name -> (G,G,G) -> (4,g,g,g) float32"""
+    """Every fourth voxel, in [-1,1] (sec. 5.1: nearest).   arrays: {name: (D,H,W)} -> (4,D/4,H/4,W/4) float32"""
     return np.stack([encode(c, arrays[c][::SCALE, ::SCALE, ::SCALE]) for c in CHANNELS])
 
 
@@ -102,7 +103,7 @@ def upsample(low):
 # --- the case folder ---
 
 def write_case(folder, ct, lobe, airway, vessel, report, meta):
-    """One case, whole or not at all.   ct: int16 HU (G,G,G), masks: uint8, report: str, meta: what case.json says"""
+    """One case, whole or not at all.   ct: int16 HU (D,H,W), masks: uint8, report: str, meta: what case.json says"""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder}: exists already; a case is written once; remove it first")
@@ -127,16 +128,17 @@ def split_cases(folder, holdout):
     apart = {patient(f) for f in held_out}
     training = [f for f in folders if patient(f) not in apart]
     if not training:
-        raise ValueError(f"{folder}: {len(folders)} cases, {holdout} to be held out, with all of their chests; "
+        raise ValueError(f"{folder}: {len(folders)} cases, {holdout} to be held out, with their patients' others; "
                          f"a trainer needs cases; make some with `python phantom.py --out {folder} --n 512` or "
                          "`python data.py prepare ...`, or lower --holdout")
     return training, held_out
 
 
 class Cases(Dataset):
-    """An endless, shuffled sequence of cases: item k is decided by (seed, k) alone, so a run resumes anywhere exactly.
+    """A shuffled sequence of cases without end (its len is one epoch): item k is decided by (seed, k) alone, so a run
+    resumes anywhere exactly.
 
-    crop None: k, low.npy (4,g,g,g) in [-1,1], text.npy (N,width)               for stage 1, about 2 MB a case
+    crop None: k, x0 = low.npy (4,g,g,g) in [-1,1], text.npy (N,width)          for stage 1, about 2 MB a case
     crop (d,h,w): k, x0 (4,d,h,w), low (4,d,h,w) by nearest from the low grid   for stage 2, reads the crop only
     """
 

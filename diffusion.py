@@ -16,9 +16,7 @@ ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1
 
 def alpha_bar(t):
     """Sec. 3, the cosine schedule: abar(t) = cos^2((t + 0.008) / 1.008 * pi / 2).   t: (B,) -> (B,1,1,1,1)
-
-    Nothing here asks for times below 0; the last step of the released sampler does, and the clamp leaves them its trace
-    of noise.
+    Times below 0, for which the last step of the released sampler asks, count as clean.
     """
     abar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     return torch.where(t < 0, 1.0, abar).clamp(ABAR_MIN, 1 - ABAR_MIN).reshape(-1, 1, 1, 1, 1)
@@ -49,7 +47,7 @@ def guided(net, context, scale):
     def denoise(xt, t):
         if context is None or scale == 1:
             return net(xt, t, context).clamp(-1, 1)
-        text, null = with_and_without(net, xt, t, context)
+        text, null = with_and_without(net, xt, t, context)       # net(xt, t, context), net(xt, t, None)
         return (null + scale * (text - null)).clamp(-1, 1)
     return denoise
 
@@ -58,7 +56,7 @@ def beside(net, low):
     """Eq. 8, 10: stage 2 sees the low-resolution volume beside x_t, as [low, xt].   low: (B,4,D,H,W) on the grid of xt
     -> denoise(xt, t), clamped to [-1,1]"""
     def denoise(xt, t):
-        xt = lay_out(torch.cat([low, xt], dim=1))       # (B,8,D,H,W), cast as the network would, but held half as large
+        xt = lay_out(torch.cat([low, xt], dim=1))        # (B,8,D,H,W); cast now, half the memory while net works
         return net(xt, t).clamp(-1, 1)
     return denoise
 
@@ -67,7 +65,7 @@ def held(denoise, known, fixed):
     """Sec. 4.4: the channels `fixed` of the estimate are those of `known`, at every step.   known: (B,C,D,H,W), clean
     fixed: list of channel indices, may be empty   -> denoise(xt, t)"""
     def with_anatomy(xt, t):
-        x0_hat = denoise(xt, t).clone()                  # a denoiser's tensors are its own
+        x0_hat = denoise(xt, t).clone()                  # not into a tensor that the denoiser may keep
         x0_hat[:, fixed] = known[:, fixed]
         return x0_hat
     return with_anatomy if fixed else denoise

@@ -38,8 +38,8 @@ WRITTEN = (*(f"{c}.nii.gz" for c in CHANNELS), "preview.png", "sample.json")
 
 def generate(low_net, sr_net, grid, seed, s, context=None, known=None, fixed=()):
     """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume
-    s: `settings`   context: (1,N,width) text or None   known: (1,4,G,G,G) clean channels on the full grid, of which
-    `fixed` are imposed   -> (4,G,G,G) float32 on the CPU
+    s: `settings`   context: (1,N,width) text, or None for the learned null text   known: (1,4,D,H,W) clean channels on
+    the full grid, of which `fixed` are imposed   -> (4,D,H,W) float32 on the CPU
 
     All noise comes from one CPU generator of the seed, so it does not depend on the device.
     """
@@ -60,7 +60,7 @@ def generate(low_net, sr_net, grid, seed, s, context=None, known=None, fixed=())
         # stage 2: from stage 1's volume, anatomy held on every voxel
         if sr_net:
             if s["one_stage"]:
-                low_net.to("meta" if device.type == "cpu" else "cpu")    # stage 2 needs the memory; meta is nowhere
+                low_net.to("meta" if device.type == "cpu" else "cpu")    # for stage 2's memory; meta: weights dropped
                 release_memory()
             low = upsample(x)
             x = stage("sr", s, beside(sr_net, low), sr_noise.result().to(device), known, fixed, low=low)
@@ -70,7 +70,8 @@ def generate(low_net, sr_net, grid, seed, s, context=None, known=None, fixed=())
 
 
 def stage(name, s, denoise, noise, known, fixed, unguided=None, low=None):
-    """One stage's sample: its denoiser with anatomy held (sec. 4.4), by DDIM (sec. 4.2).   -> (1,4,G,G,G)"""
+    """One stage's sample: its denoiser with anatomy held (sec. 4.4), by DDIM (sec. 4.2).   -> (1,4,D,H,W)
+    Where `s` asks for what the paper does not have, beyond/ replaces denoiser and sampler."""
     sampler = ddim_sample
     if s["beyond"]:
         denoise, sampler = beyond("sampling").dress(name, s, denoise, unguided, known, fixed, low)
@@ -119,7 +120,7 @@ def load(args):
 
 
 def anatomy(paths, grid, center):
-    """Given NIfTI files on the model's grid.   -> known (1,4,G,G,G) or None, fixed channels, centre in world mm"""
+    """Given NIfTI files on the model's grid.   -> known (1,4,D,H,W) or None, fixed channels, centre in world mm"""
     if not paths:
         return None, [], center or (0.0, 0.0, 0.0)
     arrays, center = to_model(paths, grid, center)
@@ -161,7 +162,7 @@ def sample(args):
 
     # networks, anatomy, texts
     if not args.slab:
-        keep_memory()                                    # speed for memory; the opposite is wanted there
+        keep_memory()                                    # faster; with --slab memory matters more
     stages = load(args)
     s, grid = settings(args, stages), stages["low"][1]["grid"]
     full = SCALE * grid
@@ -194,7 +195,7 @@ def sample(args):
 
 
 def write(folder, x, affine, about, overwrite):
-    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (4,G,G,G) in [-1,1]"""
+    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (4,D,H,W) in [-1,1]"""
     with whole_folder(folder, overwrite) as part:
         for name, channel in zip(CHANNELS, x.numpy()):
             save_nifti(part / f"{name}.nii.gz", decode(name, channel), affine)

@@ -2,7 +2,7 @@
 Paper sec. 4.1: BERT is fine-tuned by two tasks at once, masked words and paired sections; numbers from sec. 4.6.
 
     torchrun --nproc_per_node=4 text_encoder.py train --reports data/train --out runs/text
-    python text_encoder.py embed data/train --model runs/text      # report.txt -> text.npy: training never runs BERT
+    python text_encoder.py embed data/train --model runs/text      # report.txt -> text.npy: stage 1 never runs BERT
 """
 import os
 from collections import deque
@@ -31,9 +31,10 @@ MASKED = 0.15             # share of a report's tokens that is masked in fine-tu
 # --- from words to vectors ---
 
 def pack(tokenizer, pairs, tokens):
-    """B (findings, impression) pairs -> ids, kinds, mask (B,N), lengths (B) uncut
-    [CLS] Findings [SEP] Impression [SEP] [PAD] ...: kinds is 1 on the Impression, mask True on real tokens. A prompt,
-    whose Impression is '', is one text, as in the released code.
+    """B (findings, impression) pairs -> ids, kinds, mask (B,N), and a list of the B lengths before cutting
+
+    ids: [CLS] Findings [SEP] Impression [SEP] [PAD] ...   kinds: 1 on the Impression   mask: True on real tokens
+    A prompt, whose Impression is '', is one text of kind 0, as in the released code.
     not in the paper: sections are a text pair in training and use; the released code joins them to one text for use."""
     split = partial(tokenizer, add_special_tokens=False, verbose=False)
     findings, impressions = (split(list(texts))["input_ids"] for texts in zip(*pairs))
@@ -150,7 +151,7 @@ class TwoTasks(nn.Module):
 
 
 def masked_word_loss(logits, words):
-    """-log p(word | the rest of the report), mean over the M holes.   logits: (M,vocabulary)   words: (M,)"""
+    """-log p(word | the rest of the report), mean over the M chosen tokens.   logits: (M,vocabulary)   words: (M,)"""
     return F.cross_entropy(logits.float(), words)
 
 

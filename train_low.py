@@ -53,8 +53,8 @@ class Common:
     decay: float = arg(0.01, "weight decay; released code")
     clip: float = arg(1.0, "largest gradient norm", 1e-9)
     ema: float = arg(0.999, "decay of the running average; released code", 0, 1)
-    ema_every: int = arg(1, "steps between its updates; released code", 1)
-    ema_start: int = arg(10_000, "it copies the weights outright before this step; released code")
+    ema_every: int = arg(1, "steps between updates of the running average; released code", 1)
+    ema_start: int = arg(10_000, "before this step the running average is a copy of the weights; released code")
     amp: bool = arg(None, "bfloat16 autocast; default where the device multiplies in it: new GPUs, some CPUs")
     checkpointing: str = arg("norms", "recompute in the backward pass: none, norms (quick), blocks (least memory)")
     compile: bool = arg(None, "compile the Blocks: a minute at the start, then faster; default on a GPU")
@@ -74,7 +74,7 @@ class Common:
         return self.lr
 
     def multiples(self):
-        """Of what D, and H and W, of a volume must be multiples."""
+        """Volumes have D a multiple of the first number, H and W of the second."""
         return 1, 2 ** (self.levels - 1)
 
 
@@ -94,12 +94,12 @@ class Config(Common):
 def low_data(cfg):
     """-> Cases to train on, Cases held out or None"""
     folders, held_out = split_cases(cfg.data, cfg.holdout)
-    dataset, (cube, step) = Cases(folders, cfg.seed), cfg.multiples()
-    if dataset.grid % step:
+    dataset, (of_depth, of_plane) = Cases(folders, cfg.seed), cfg.multiples()
+    if dataset.grid % of_plane:
         raise ValueError(f"{cfg.data}: its low-resolution volumes are {dataset.grid}^3, and {cfg.levels} levels halve "
-                         f"them to whole voxels only from multiples of {step}; make cases on a grid that is a multiple "
-                         f"of {SCALE * step}, or lower --levels")
-    enough(dataset.grid // cube)
+                         f"them to whole voxels only from multiples of {of_plane}; make cases on a grid that is a "
+                         f"multiple of {SCALE * of_plane}, or lower --levels")
+    enough(dataset.grid // of_depth)                     # voxels, for the first convolution
     one_size(folders[:1] + held_out, ("low", "text"))
     return dataset, Cases(held_out, cfg.seed) if held_out else None
 
@@ -126,7 +126,7 @@ def draw(keys, shape, device, seed):
 
 
 def low_loss(cfg, net, batch):
-    """Eq. 7 for all four channels, which is eq. 9: || G(x'_t, f_text) - x'_0 ||^2.   batch: k (B,), x0 (B,4,g,g,g),
+    """Eq. 7 for x', all four channels, which is eq. 9: || G(x'_t, f_text) - x'_0 ||^2.   batch: k (B,), x0 (B,4,g,g,g),
     text (B,N,width), which the learned null text replaces with p = cfg.drop (released code)   -> scalar"""
     keys, x0, text = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
@@ -180,15 +180,15 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
                               pin_memory=device.type == "cuda", worker_init_fn=runs.ignore_signals))
 
     def backward(batch, scale):
-        keys, *tensors = batch                           # keys stay: as numbers; a GPU would be waited for
+        keys, *tensors = batch                           # keys stay on the CPU: to read them from a GPU would stall it
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
             value = loss_fn(cfg, model, [keys, *(x.to(device, non_blocking=True) for x in tensors)]) * scale
         value.backward()
         return value.detach()
 
-    if world > 1:                                        # DDP re-buckets after its first backward, and sums change
+    if world > 1:                                        # DDP regroups gradients after its first backward, and sums
         backward(default_collate([dataset[rank]] * cfg.micro), 0.0)
-        opt.zero_grad()
+        opt.zero_grad()                                  # round otherwise: now, so that a resumed run adds alike
 
     log, began, smooth, last = runs.Log(out / "loss.csv"), time.time(), None, step >= cfg.steps
     bar = tqdm(total=cfg.steps, initial=step, desc=f"train {cfg.kind}", disable=rank > 0, mininterval=2)
@@ -197,7 +197,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
         export(weights, cfg, ema, dataset.grid, step, len(dataset))
 
     while not last:
-        # forward and backward; gradients are summed over GPUs once per step
+        # forward and backward, accumulated over micro-batches (sec. 4.6); GPUs sum their gradients at the last
         value = torch.zeros((), device=device)
         for i in range(accum):
             with contextlib.nullcontext() if world == 1 or i == accum - 1 else model.no_sync():

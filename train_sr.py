@@ -4,7 +4,7 @@ Paper sec. 4.2.2, eq. 8 and 10; numbers from sec. 4.6 unless a line says otherwi
     torchrun --nproc_per_node=4 train_sr.py --data data/train       # four GPUs
     python train_sr.py --preset demo                                # two CPU cores, 32^3 -> 128^3
 
-The network sees [low, x_t] and no text. It is trained on crops and run on whole volumes: all it knows is what it sees.
+The network sees [low, x_t], no text and no position. So it can be trained on crops and run on whole volumes.
 """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -62,14 +62,14 @@ def sr_net(cfg, dataset):
 
 def augment_low(low, a, eps):
     """(1 - a) low + a eps, so that stage 2 forgives the faults of stage 1. Not in the paper; released code, a <= 0.4.
-    low, eps: (B,4,D,H,W)   a: (B,)"""
+    The network is not told a; sampling adds none.   low, eps: (B,4,D,H,W)   a: (B,)"""
     a = a.reshape(-1, 1, 1, 1, 1)
     return (1 - a) * low + a * eps
 
 
 def sr_loss(cfg, net, batch):
-    """Eq. 8 for all four channels, which is eq. 10: || H(x'_t, x'_0^l) - x'_0 ||^2, with noise on x'_0^l.
-    batch: k (B,), x0 (B,4,d,h,w), low (B,4,d,h,w)   -> scalar"""
+    """Eq. 8 for x', all four channels, which is eq. 10: || H(x'_t, x'_0^l) - x'_0 ||^2, x'_0^l the low-resolution
+    volume, here with noise on it.   batch: k (B,), x0 (B,4,d,h,w), low (B,4,d,h,w)   -> scalar"""
     keys, x0, low = batch
     t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
     low = augment_low(low, cfg.augment * u, eps[:, 4:])
@@ -79,8 +79,8 @@ def sr_loss(cfg, net, batch):
 def sr_samples(cfg, net, dataset, device):
     """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.
     -> list of (4,...), their titles"""
-    _, step = cfg.multiples()
-    key, x0, low = Cases(dataset.folders[:1], 0, (min(128, dataset.grid) // step * step,) * 3)[0]
+    _, of_plane = cfg.multiples()
+    key, x0, low = Cases(dataset.folders[:1], 0, (min(128, dataset.grid) // of_plane * of_plane,) * 3)[0]
     _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
     made = ddim_sample(beside(net, low[None].to(device)), eps, times(10))[0].cpu()
     return [x0, low, made], ["held out", "its low resolution", "sample"]

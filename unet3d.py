@@ -6,13 +6,13 @@ Paper sec. 4.5. The layer graph is that of the released weights in their inferen
 
 One volume's way through G, whose widths are w = 160, 320, 640, 1280; depth D is never halved, H and W are three times:
 
-    xt (4,64,64,64) -> stem -> 4 x Down -> bottom (1280,64,8,8), where the text is heard -> 4 x Up -> head -> x0_hat
+    xt (4,64,64,64) -> stem -> 4 x Down -> bottom (1280,64,8,8), which attends to text -> 4 x Up -> head -> x0_hat
                          |       |______ skips, level by level ______________________________|        |
                          |____________________________________________________________________________|
 
 Layers from support/fast.py are torch's own, written for speed: SliceConv is Conv3d with kernel (1,k,k), SliceUp its
-transpose, Pointwise Conv3d with (1,1,1), Stem Conv3d, side_by_side torch.cat along channels, lay_out a memory format,
-and norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift).
+transpose, Pointwise Conv3d with (1,1,1), Stem Conv3d, side_by_side torch.cat along channels, lay_out a cast and copy;
+norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift), attention is scaled dot-product.
 """
 import math
 
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         self.heads, inner = heads, heads * HEAD_DIM
         self.q = nn.Linear(dim, inner, bias=False)
         self.kv = nn.Linear(context_dim or dim, 2 * inner, bias=False)
-        self.out = nn.Linear(inner, dim, bias=context_dim > 0)
+        self.out = nn.Linear(inner, dim, bias=context_dim > 0)           # as in the released weights
 
     def forward(self, x, context=None):
         q, (k, v) = self.q(x), self.kv(x if context is None else context).chunk(2, dim=-1)
@@ -110,14 +110,15 @@ class Round(nn.Module):
             tokens = x.permute(0, 2, 3, 1, 4).reshape(B * H * W, D, C)
             x = (tokens + attend(self.self_norm(tokens))).reshape(B, H, W, D, C).permute(0, 3, 1, 2, 4)
 
-        if context is not None:                                          # every voxel asks the N tokens of the text
+        if context is not None:                  # every voxel asks the N tokens of the text, padding too: released code
             tokens = x.reshape(B, D * H * W, C)
             x = (tokens + self.cross(self.cross_norm(tokens), context)).reshape(x.shape)
         return x.movedim(-1, 1)
 
 
 class Down(nn.Module):
-    """slice Block -> slice Block (the skip) -> halve H and W -> volume Block.   The layers; UNet3D.body calls them."""
+    """Way down: slice Block -> slice Block (the skip) -> halve H and W -> volume Block.   last: the deepest, which does
+    not halve. It only holds the layers: UNet3D.body calls them, so that a tensor is freed as soon as it is used."""
 
     def __init__(self, cin, cout, time_dim, last):
         super().__init__()
@@ -127,7 +128,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """slice Block -> slice Block -> volume Block -> double H and W.   The layers; UNet3D.body calls them."""
+    """Way up: slice Block -> slice Block -> volume Block -> double H and W.   last: the topmost, which does not."""
 
     def __init__(self, cin, cout, time_dim, last):
         super().__init__()
@@ -145,10 +146,10 @@ def sinusoidal(t, dim):
 class UNet3D(nn.Module):
     """The x_0 predictor of both stages (sec. 4.5).
 
-    dim: width w of the first level; the levels are w, 2w, 4w, 8w (a multiple of 8).   levels: how many of them.
-    in_channels: 4 for G; 8 for H, whose input is [low, xt].   heads: of 32 channels each.   rounds: at the bottom, 4 in
-    G, 1 in H.   context_dim, tokens: of the text (B,tokens,context_dim); context_dim 0 is a network without text.
-    bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper's words for H).
+    dim: width w of the first level, a multiple of 8; the levels are w, 2w, 4w, 8w wide.   levels: how many of them.
+    in_channels: 4 in stage 1; 8 in stage 2, whose input is [low, xt].   heads: of 32 channels each.   rounds: at the
+    bottom, 4 in stage 1, 1 in stage 2.   context_dim, tokens: of the text (B,tokens,context_dim); 0: a network without.
+    bottom: self-attention within a slice, "plane" (released weights), or along D, "depth" (the paper, of stage 2).
     Inputs: H and W are multiples of 2^(levels - 1); D is never halved.
     """
 
@@ -184,7 +185,7 @@ class UNet3D(nn.Module):
         xt = lay_out(xt)
         stem = self.stem(xt)                                             # (B,w,D,H,W), also the last skip
         x = self.join(self.body(stem, temb, context), stem)              # (B,2w,D,H,W)
-        return self.out(self.head(x, temb)).float()
+        return self.out(self.head(x, temb)).float()                    # the head: a slice Block and a 1x1x1 convolution
 
     def text(self, context, drop, B):
         """What the bottom attends to: the text, the learned null text instead (released code), or nothing (H).
@@ -196,25 +197,29 @@ class UNet3D(nn.Module):
         return context if drop is None else torch.where(drop[:, None, None], self.null_text, context)
 
     def embed(self, t, context):
-        """What every Block knows beside its input: the time.   t: (B,) in [0,1] -> (B,4w)"""
+        """What every Block knows beside its input: the time. The text, given here for networks that pool it, is not
+        used. t: (B,) in [0,1] -> (B,4w)"""
         return self.time(sinusoidal(1000 * t, self.dim))
 
     def body(self, x, temb, context):
-        """Down, bottom, up.   (B,w,D,H,W) -> (B,w,D,H,W)"""
+        """Way down, bottom, way up.   (B,w,D,H,W) -> (B,w,D,H,W)"""
+        # down: widths after the levels are w, 2w, 4w, 8w
         skips = []
         for down in self.downs:
             x = down.slice1(x, temb)
             x = down.slice2(x, temb)
             skips.append(x)
-            x = down.resize(x)                                           # (B,2w,D,H/2,W/2): depth is kept
+            x = down.resize(x)                                           # H/2, W/2, but at the last; depth is kept
             x = down.volume(x, temb)
 
+        # bottom: the only attention
         x = self.first(x, temb)
         for turn in self.rounds:
             x = turn(x, context, self.attend, self.plane)
             x = turn.volume(x, temb)
         x = self.last(x, temb)
 
+        # up: each level takes the skip of its resolution
         for up in self.ups:
             x = self.join(x, skips.pop())                             # always the same name: what it stood for is freed
             x = up.slice1(x, temb)
@@ -224,5 +229,5 @@ class UNet3D(nn.Module):
         return x
 
     def join(self, *parts):
-        """Tensors side by side along the channels."""
+        """Tensors side by side along the channels (support/slabs.py joins them slab by slab instead)."""
         return side_by_side(*parts)

@@ -16,6 +16,7 @@ segmentation  the CT fixed (table 5): Dice of the masks that come out, with and 
 detail        stage 2 on true low-resolution volumes: overlap with the truth, and FID from as many other phantoms,
               beside those of plain up-sampling; the FID of the phantoms themselves is the floor that so few volumes
               have
+copy          can the networks copy what they see at little noise, and are stage 1's samples sharp (copying.py)
 memory        distance from samples to their nearest training phantom, beside that from held-out phantoms
 """
 import argparse
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import phantom
 import text_encoder
 from beyond.nets import TextPool
+from copying import copy, stack
 from data import CHANNELS, FOV, MASKS, SCALE, cases, decode, encode, upsample
 from diffusion import beside
 from evaluate import UNITS, dice, feature_net, frechet, measure_phantom
@@ -45,7 +47,7 @@ from support.weights import check_sampling, load_stages
 from unet3d import UNet3D
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("text", "full", "anatomy", "segmentation", "detail", "memory", "reading")   # reading spoils the text encoder
+PARTS = ("copy", "text", "full", "anatomy", "segmentation", "detail", "memory", "reading")   # reading harms the encoder
 
 
 class Model:
@@ -69,11 +71,6 @@ class Model:
 
     def phantom(self, i, wording="held-out", **conditions):
         return phantom.make(self.seed + i, SCALE * self.grid, wording, **conditions)
-
-
-def stack(case):
-    """A phantom as the clean channels (1,4,G,G,G)."""
-    return torch.from_numpy(np.stack([encode(c, case[c]) for c in CHANNELS]))[None]
 
 
 def means(table):
@@ -341,6 +338,10 @@ def run(args):
         elif part == "full":
             table, values = text(model, args.n_full, ("phantoms", "held-out sentences"), full=True)
             dots(args.out / "obey_full.png", values)
+        elif part == "copy":
+            table = copy(model, args.n, args.n_full)
+            for title, columns in table.items():
+                print_columns(f"copy, {title}", columns)
         elif part == "reading":
             table = reading(model, 300)
         elif part == "memory":

@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medsyn-same"
 TIMEOUT = 900                                    # s for each line of a command
 LEFT_OUT = {"files": ["lock", "previous.pt", "asked.json"],
-            "files that only this tree writes": [],
-            "keys of .json": ["arguments", "weights", "seconds", "torch"],
+            "files that only this tree writes": ["sampling.json"],
+            "keys of .json": ["arguments", "sampling", "weights", "seconds", "torch"],
             "columns of .csv": ["seconds"],
             "parts of .pt but": ["step", "net", "ema", "opt.state"],
             "metadata of .safetensors": []}

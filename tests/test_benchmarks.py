@@ -29,6 +29,7 @@ def test_the_reference_is_the_same_network(options, channels):
             assert (net(x, t, text) - Reference(net)(x, t, text)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsys):
     quick = {name for name, case in bench.CASES.items() if case[3]}
     assert {"G_64_forward", "G_64_step", "H_crop_step", "H_128_forward"} <= quick

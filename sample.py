@@ -27,7 +27,7 @@ from support.outputs import check_free, names_of
 from support.pictures import picture
 from support.reports import texts_asked
 from support.slabs import by_slabs
-from support.weights import beyond, check_pair, check_sampling, how_to_sample, load_stages
+from support.weights import beyond, check_pair, check_sampling, how_to_sample, load_stages, wanted
 from unet3d import Block, UNet3D
 
 DEMO = os.path.relpath(Path(__file__).parent / "checkpoints/demo-256")
@@ -89,9 +89,8 @@ def settings(args, stages):
     names = ("low_steps", "sr_steps", "guidance", "interval", "solver", "agree", "tidy")
     s |= {k: getattr(args, k) for k in names if getattr(args, k, None) is not None}
     check_sampling(s)
-    tricks = beyond("sampling")
-    s["beyond"] = tricks.wanted(s) if tricks else [k for k in s if k not in ("low_steps", "sr_steps", "guidance")]
-    if s["beyond"] and not tricks:
+    s["beyond"] = wanted(s)
+    if s["beyond"] and not beyond("sampling"):
         raise ValueError(f"--model {args.model}: asks for {', '.join(s['beyond'])}; beyond/ has these and is not "
                          "there; pass --plain, or restore that folder")
     cuda = args.device.startswith("cuda")

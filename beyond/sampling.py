@@ -29,13 +29,6 @@ def options(p):
                        help="set voxels on blurred borders between lobes to a lobe that is there")
 
 
-def wanted(s):
-    """Which of these things a way of sampling asks for.   s: as in sampling.json   -> list of names"""
-    names = [name for name in ("agree", "tidy", "shown") if s.get(name)]
-    names += ["solver"] if s.get("solver", "ddim") != "ddim" else []
-    return names + (["interval"] if list(s.get("interval", (0, 1))) != [0, 1] else [])
-
-
 def dress(stage, s, denoise, unguided, known, fixed, low=None):
     """A stage's denoiser, and its sampler, as `s` wants them.   stage: "low" or "sr"   denoise, unguided: with guidance
     and without   known, fixed: as `diffusion.held` takes them, outside of all this   -> denoise, sampler"""

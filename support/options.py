@@ -1,4 +1,5 @@
 """Options of the trainers: a Config's fields are the command line, the checkpoint's record and what tests build."""
+import re
 import sys
 from argparse import BooleanOptionalAction
 from dataclasses import field, fields
@@ -14,6 +15,7 @@ GROUPS = {
     "log": "log_every save_every show_every",
 }
 OTHERS = "not in the paper"       # the group of all other fields
+OF_STAGE_1 = ("pooled", "late", "warm-up")
 
 
 def arg(default, help, least=0, most=float("inf")):
@@ -77,8 +79,10 @@ class TrainerParser(Parser):
     """An option of beyond/'s trainers, typed in the method's, names the command that has it."""
 
     def error(self, message):
-        name = message.partition("--")[2].split("=")[0].split(" ")[0].removeprefix("no-")
-        if message.startswith("unrecognized") and name.replace("-", "_") in BEYOND:
-            message = (f"--{name}; it is not in the paper, nor in this trainer; "
-                       f"run python -m beyond.train_{self.kind} with the same options")
+        names = [name.removeprefix("no-") for name in re.findall(r"--([a-z-]+)", message)]
+        known = [name for name in names if name.replace("-", "_") in BEYOND]
+        if message.startswith("unrecognized") and known:
+            kind = "low" if known[0] in OF_STAGE_1 else self.kind
+            message = (f"--{known[0]}; it is not in the paper, nor in this trainer; "
+                       f"run python -m beyond.train_{kind} with the same options")
         super().error(message)

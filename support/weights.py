@@ -92,7 +92,8 @@ def read_init(path, kind, net, free=()):
     differing = {k: v for k, v in args.items() if v != net.args.get(k) and k not in free}
     if about.get("kind") != kind or differing:
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has "
-                         "others; pass the options of that network")
+                         "others; pass the options of that network; where --help has none of these, "
+                         f"run python -m beyond.train_{kind}")
     return {k: v.float() for k, v in state.items()}, args
 
 
@@ -172,6 +173,7 @@ def read_sampling(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         right = isinstance(found, dict) and all(k in SAMPLING and isinstance(v, SAMPLING[k]) for k, v in found.items())
         right = right and all(isinstance(t, (int, float)) for t in found.get("interval", []))
+        right = right and not any(isinstance(found.get(k), bool) for k in ("low_steps", "sr_steps", "guidance"))
         right = right and all(stage in ("low", "sr") for stage in found.get("shown", []))
     except ValueError:
         right = False
@@ -194,6 +196,13 @@ def implied(kind, about):
         if str(config.get("preset", "")).startswith("demo"):
             found["agree"] = True
     return found
+
+
+def wanted(s):
+    """What a way of sampling asks for that the paper does not have, and beyond/sampling.py does.   -> list of names"""
+    names = [name for name in ("agree", "tidy", "shown") if s.get(name)]
+    names += ["solver"] if s.get("solver", "ddim") != "ddim" else []
+    return names + (["interval"] if list(s.get("interval", (0, 1))) != [0, 1] else [])
 
 
 def check_sampling(s):

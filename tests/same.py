@@ -65,7 +65,7 @@ ONE = "{in}/nifti64/phantom_000000"              # a chest as NIfTI
 MASKS = " ".join(f"--{c} {ONE}/{c}.nii.gz" for c in ("airway", "lobe", "vessel"))
 SAMPLE = "sample.py --low-steps 2 --sr-steps 2 --device cpu --no-amp --out {out}/samples"
 SAMPLES = {                                      # name: options, and whether the small model's are quick
-    "text": (REPORT, True),
+    "text": (REPORT, False),
     "airway": (f"{REPORT} --airway examples/airway.nii.gz", False),
     "masks": (f"{REPORT} {MASKS}", False),
     "ct": (f"--ct {ONE}/ct.nii.gz", True),
@@ -75,6 +75,32 @@ SAMPLES = {                                      # name: options, and whether th
     "low": (f"{REPORT} --stop-at-low --samples 2 --seed 3", True),
     "low masks": (f"{REPORT} --stop-at-low {MASKS} --solver dpm", True),
     "bare": ("--no-agree --no-tidy", False),
+}
+
+# Files hold whole HU, which hide small differences: this keeps what the UNets were shown at each step.
+STEPS = """
+import runpy, sys
+import numpy as np, torch
+seen = []
+def note(net, given, made):
+    if any(c.__name__ == "UNet3D" for c in type(net).__mro__):
+        xt = given[0][:1]                        # guidance asks twice, or for a batch of two
+        x, sums = xt[..., ::4, ::4, ::4].numpy().copy(), xt.double().sum((2, 3, 4)).numpy()
+        if not seen or not np.array_equal(seen[-2], x):
+            seen.extend([x, sums])
+torch.nn.modules.module.register_module_forward_hook(note)
+to = sys.argv[1]
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert seen
+np.savez(to, *seen)
+"""
+WATCHED = f"-c {shlex.quote(STEPS)} {{out}}/steps.npz {SAMPLE} --low-steps 3 --sr-steps 3"
+STEPWISE = {
+    "demo text": (REPORT, True),
+    "demo masks dpm": (f"{REPORT} {MASKS} --solver dpm --guidance-interval 0.2 0.9", False),
+    "demo ct": (f"--ct {ONE}/ct.nii.gz", False),
+    "demo-256 low": (f"{REPORT} --stop-at-low --airway examples/airway.nii.gz", True),
 }
 
 # Every option that a preset sets, but the tricks': what differs between presets is then the tricks alone.
@@ -119,6 +145,8 @@ TEXT = "text_encoder.py train --scratch --width 32 --layers 2 --heads 2 --vocab 
 COMMANDS = [
     *[Command(f"sample {model} {name}", [f"{SAMPLE} --model checkpoints/{model} {options}"], quick and model == "demo")
       for model in ("demo", "demo-256") for name, (options, quick) in SAMPLES.items()],
+    *[Command(f"steps {name}", [f"{WATCHED} --model checkpoints/{name.split()[0]} {options}"], quick)
+      for name, (options, quick) in STEPWISE.items()],
     Command("sample released low", [f"{SAMPLE} --model {{in}}/released --stop-at-low --low-steps 1 --seed 2"], True),
     Command("sample released", [f"{SAMPLE} --model {{in}}/released --low-steps 1 --sr-steps 1"]),
     *[Command(f"train {name}", [f"{line} --steps 3", f"{line} --steps 5"], quick)
@@ -352,6 +380,8 @@ def difference(a, b):
     if a.tobytes() == b.tobytes():
         return None
     apart = np.abs(a.astype(np.float64) - b.astype(np.float64))
+    if not apart.any():
+        return "0 and -0"
     return f"{int((a != b).sum())} of {a.size} values, by up to {np.nanmax(apart):.3g}"
 
 
@@ -370,7 +400,7 @@ def compare(old, new):
                 wrong.append(f"{what}: {'not here' if name in before else 'only here'}")
             elif said := difference(before[name], after[name]):
                 wrong.append(f"{what}: {said}")
-    return count, wrong, sorted(set(new) - set(old))
+    return count, wrong if count else ["nothing was written"], sorted(set(new) - set(old))
 
 
 def check(command, store, inputs, rev_tree, tree):
@@ -384,8 +414,8 @@ def check(command, store, inputs, rev_tree, tree):
         new = run(command, tree, inputs)
         result = compare(written(old, command.printed), written(new, command.printed))
         shutil.rmtree(new if not result[1] else new / "in")              # what differs stays, to be looked at
-    except Failed as e:
-        result = 0, [f"here: {e}"], []
+    except (Failed, OSError, ValueError, KeyError, RuntimeError) as e:   # failed, or wrote what cannot be read
+        result = 0, [f"here: {type(e).__name__}: {e}"], []
     return *result, time.time() - began
 
 

@@ -23,6 +23,7 @@ from data import Cases, cases, decode, encode, upsample
 from diffusion import alpha_bar, beside, ddim_sample, guided, held, q_sample, times
 from support.options import parse
 from support.slabs import by_slabs
+from support.weights import wanted
 from test_diffusion import flow_error, held_while_working, point
 from test_train import CROP, TINY, exported, same, torchrun, weights
 from unet3d import Block, UNet3D
@@ -147,9 +148,9 @@ def test_dress_is_these_wrappers():
 
 
 def test_what_is_wanted_is_named():
-    assert sampling.wanted({}) == sampling.wanted(dict(agree=False, tidy=False, solver="ddim", interval=[0, 1])) == []
+    assert wanted({}) == wanted(dict(agree=False, tidy=False, solver="ddim", interval=[0, 1])) == []
     everything = dict(agree=True, tidy=True, shown=["low"], solver="dpm", interval=[0.5, 1])
-    assert set(sampling.wanted(everything)) == set(everything)
+    assert set(wanted(everything)) == set(everything)
 
 
 NODES = (slice(None), slice(0, 1), *[slice(None, None, 4)] * 3)

@@ -53,18 +53,19 @@ def test_what_has_learned_nothing_returns_the_best_linear_estimate(volumes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("t, bound", [(0.02, 0.001), (0.05, 0.0035)])
-def test_after_some_hundred_steps_it_copies_better_than_doing_nothing(volumes, t, bound):
-    net, rng = sharp(volumes), torch.Generator().manual_seed(0)
+def test_after_some_hundred_steps_it_copies_better_than_doing_nothing(volumes):
+    small, rng = volumes[..., 8:24, 8:24, 8:24], torch.Generator().manual_seed(0)
+    net = sharp(small)
     opt = torch.optim.AdamW(net.parameters(), 2e-3)
-    for _ in range(200):
-        when, eps = torch.rand(4, generator=rng), torch.randn(volumes.shape, generator=rng)
-        loss(net, volumes, when, eps).backward()
+    for _ in range(200):                                 # where there is little noise
+        when, eps = 0.1 * torch.rand(4, generator=rng), torch.randn(small.shape, generator=rng)
+        loss(net, small, when, eps).backward()
         opt.step()
         opt.zero_grad()
-    found = copying.errors(net.eval(), volumes[:1], 1)
-    got, idle = (found[who][f"error, t = {t}"] for who in ("network", "doing nothing"))
-    assert got < bound and got < 0.9 * idle
+    found = copying.errors(net.eval(), small[:1], 1)
+    for t, bound in ((0.02, 0.0011), (0.05, 0.004)):
+        got, idle = (found[who][f"error, t = {t}"] for who in ("network", "doing nothing"))
+        assert got < min(bound, 0.8 * idle)
 
 
 def test_slabs_of_it_give_the_whole_volume(volumes):

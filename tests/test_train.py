@@ -327,7 +327,8 @@ def test_cases_that_do_not_fit_are_told_before_training(phantoms, tmp_path, fail
 def test_an_option_of_a_trick_names_the_trainer_that_has_it(kind, name, option, tmp_path, fails):
     for spelled in {option, option.replace("-", "_").replace("__", "--", 1)}:
         code, err = fails(kind.main, *TINY, "--out", tmp_path / "out", spelled, *TRICKY[option])
-        assert code == 2 and f"python -m beyond.train_{name}" in err and err.count("\n") == 1, err
+        has = "low" if option.removeprefix("--").removeprefix("no-") in ("pooled", "late", "warm-up") else name
+        assert code == 2 and f"python -m beyond.train_{has}" in err and err.count("\n") == 1, err
         assert f"--{option.removeprefix('--').removeprefix('no-')}" in err
     assert not (tmp_path / "out").exists()
 

@@ -185,7 +185,9 @@ class UNet3D(nn.Module):
         xt = lay_out(xt)
         stem = self.stem(xt)                                             # (B,w,D,H,W), also the last skip
         x = self.join(self.body(stem, temb, context), stem)              # (B,2w,D,H,W)
-        return self.out(self.head(x, temb)).float()                    # the head: a slice Block and a 1x1x1 convolution
+        del stem                                                         # its memory is wanted, 1.9 GB at 256^3
+        x = self.head(x, temb)                                           # and the head ends with a 1x1x1 convolution
+        return self.out(x).float()
 
     def text(self, context, drop, B):
         """What the bottom attends to: the text, the learned null text instead (released code), or nothing (H).

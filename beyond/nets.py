@@ -100,7 +100,10 @@ class Extended(UNet3D):
         xt = lay_out(to_depth(xt, self.patch))                           # (B,8C,D/2,H/2,W/2)
         stem = self.stem(self.squeeze(xt))
         x = self.join(self.body(stem, temb, context), stem, xt)
-        return to_space(self.out(self.head(x, temb)), self.patch).float()
+        del stem
+        x = self.head(x, temb)
+        x = self.out(x)                                                  # one name: what it stood for is freed
+        return to_space(x, self.patch).float()
 
 
 class Sharp(Extended):
@@ -131,7 +134,9 @@ class Sharp(Extended):
         temb = self.embed(t, context)
         cubes = lay_out(to_depth(xt, self.patch))                        # (B,8C,D/2,H/2,W/2)
         stem = self.stem(cubes)
-        x = self.head(self.join(self.body(stem, temb, context), stem, cubes), temb)
+        x = self.join(self.body(stem, temb, context), stem, cubes)
+        del stem
+        x = self.head(x, temb)
         x = lay_out(to_space(self.out(x), self.patch))                   # (B,4+fine,D,H,W)
         F = x[:, :self.args["out_channels"]] + self.detail(self.fine(self.join(lay_out(xt), x), temb))
         return self.precondition(xt, t, F)

@@ -69,9 +69,9 @@ def side_by_side(*parts):
 
 def lay_out(x):
     """x in channels-last memory, and in autocast's dtype where that is on, as the first convolution would cast it."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x.contiguous(memory_format=torch.channels_last_3d)
+    cast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+    return x.to(dtype, memory_format=torch.channels_last_3d)
 
 
 def lay_out_weights(net):

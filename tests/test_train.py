@@ -77,14 +77,13 @@ def test_resume_is_bit_exact_at_odd_places(phantoms, tmp_path):
 def test_two_processes_match_one_and_resume_to_the_bit(phantoms, tmp_path):
     common = [*TINY, "--data", phantoms, "--no-amp", "--checkpointing", "blocks"]
     train_low.main([*map(str, common), "--out", str(tmp_path / "one"), "--steps", "5"])
-    for out, steps in (("whole", 5), ("parts", 2), ("parts", 5)):
-        done = torchrun(["train_low.py"], *common, "--out", tmp_path / out, "--steps", steps)
+    for out, steps, *more in (("whole", 5), ("zero", 2, "--zero"), ("parts", 5, "--zero"), ("zero", 5)):
+        done = torchrun(["train_low.py"], *common, "--out", tmp_path / out, "--steps", steps, *more)
         assert done.returncode == 0, done.stderr
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
-    for steps in (3, 5):                     # the optimizer's state in shares, put together and taken apart again
-        done = torchrun(["train_low.py"], *common, "--out", tmp_path / "zero", "--steps", steps, "--zero")
-        assert done.returncode == 0, done.stderr
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "zero"))
+        if out == "zero" and steps == 2:     # the optimizer's state in shares, put together and taken apart again
+            shutil.copytree(tmp_path / "zero", tmp_path / "parts")
+    for out in ("parts", "zero"):
+        assert same(weights(tmp_path / "whole"), weights(tmp_path / out))
 
     one, two = (rows(tmp_path / out) for out in ("one", "whole"))
     assert len(one) == 5

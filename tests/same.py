@@ -68,11 +68,11 @@ SAMPLES = {                                      # name: options, and whether th
     "text": (REPORT, False),
     "airway": (f"{REPORT} --airway examples/airway.nii.gz", False),
     "masks": (f"{REPORT} {MASKS}", False),
-    "ct": (f"--ct {ONE}/ct.nii.gz", True),
+    "ct": (f"--ct {ONE}/ct.nii.gz", False),
     "dpm": (f"{REPORT} --solver dpm", False),
     "guidance": (f"{REPORT} --stop-at-low --guidance 3 --guidance-interval 0.5 1", True),
     "slab": (f"{REPORT} --slab 8", False),
-    "low": (f"{REPORT} --stop-at-low --samples 2 --seed 3", True),
+    "low": (f"{REPORT} --stop-at-low --samples 2 --seed 3", False),
     "low masks": (f"{REPORT} --stop-at-low {MASKS} --solver dpm", True),
     "bare": ("--no-agree --no-tidy", False),
 }
@@ -138,7 +138,7 @@ MEASURES = {
     "augment": "{in}/real.csv {in}/synthetic.csv",
     "prompts": f"{{in}}/prompts.txt --model checkpoints/demo {PROMPTED}",
 }
-SLOW = ("airway", "effusion", "laa", "augment")                             # or much like another
+SLOW = ("airway", "effusion", "laa", "ctr", "augment")                             # or much like another
 PHANTOM = "phantom.py --n 2 --grid 32 --workers 1"
 TEXT = "text_encoder.py train --scratch --width 32 --layers 2 --heads 2 --vocab 300 --batch 8 --tokens 64 --device cpu"
 

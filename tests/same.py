@@ -70,7 +70,7 @@ SAMPLES = {                                      # name: options, and whether th
     "masks": (f"{REPORT} {MASKS}", False),
     "ct": (f"--ct {ONE}/ct.nii.gz", False),
     "dpm": (f"{REPORT} --solver dpm", False),
-    "guidance": (f"{REPORT} --stop-at-low --guidance 3 --guidance-interval 0.5 1", True),
+    "guidance": (f"{REPORT} --stop-at-low --guidance 3 --guidance-interval 0.5 1", False),
     "slab": (f"{REPORT} --slab 8", False),
     "low": (f"{REPORT} --stop-at-low --samples 2 --seed 3", False),
     "low masks": (f"{REPORT} --stop-at-low {MASKS} --solver dpm", True),
@@ -97,10 +97,10 @@ np.savez(to, *seen)
 """
 WATCHED = f"-c {shlex.quote(STEPS)} {{out}}/steps.npz {SAMPLE} --low-steps 3 --sr-steps 3"
 STEPWISE = {
-    "demo text": (REPORT, True),
+    "demo text": (f"{REPORT} --low-steps 2 --sr-steps 2", True),
     "demo masks dpm": (f"{REPORT} {MASKS} --solver dpm --guidance-interval 0.2 0.9", False),
     "demo ct": (f"--ct {ONE}/ct.nii.gz", False),
-    "demo-256 low": (f"{REPORT} --stop-at-low --airway examples/airway.nii.gz", True),
+    "demo-256 low": (f"{REPORT} --stop-at-low --airway examples/airway.nii.gz", False),
 }
 
 # Every option that a preset sets, but the tricks': what differs between presets is then the tricks alone.
@@ -118,7 +118,7 @@ TRAININGS = {                                    # name: line, and whether it is
     "low tricks": (TRICKS, True),
     "low tricks given": (f"{TRICKS} --given 0.5 --seed 5", False),
     "low tricks init": (f"{{low}} --preset demo {SHIPPED} {D32} {LOW}", False),
-    "low demo-256": (f"{{low}} --preset demo-256 {TINY} {D64} --warm_up 2 --checkpointing blocks", True),
+    "low demo-256": (f"{{low}} --preset demo-256 {TINY} {D64} --warm_up 2 --checkpointing blocks", False),
     "low demo-256 init": (f"{{low}} --preset demo-256 {SHIPPED} {D64} {LOW}", False),
     "sr plain": (f"{{sr_plain}} --preset demo {TINY} {D32} {CROP} --checkpointing blocks", True),
     "sr tricks": (f"{{sr}} --preset demo {TINY} {D32} {CROP} --checkpointing none", True),
@@ -138,7 +138,7 @@ MEASURES = {
     "augment": "{in}/real.csv {in}/synthetic.csv",
     "prompts": f"{{in}}/prompts.txt --model checkpoints/demo {PROMPTED}",
 }
-SLOW = ("airway", "effusion", "laa", "ctr", "augment")                             # or much like another
+SLOW = ("fid", "airway", "effusion", "laa", "ctr", "augment", "prompts")    # or much like another
 PHANTOM = "phantom.py --n 2 --grid 32 --workers 1"
 TEXT = "text_encoder.py train --scratch --width 32 --layers 2 --heads 2 --vocab 300 --batch 8 --tokens 64 --device cpu"
 
@@ -152,7 +152,7 @@ COMMANDS = [
     *[Command(f"train {name}", [f"{line} --steps 3", f"{line} --steps 5"], quick)
       for name, (line, quick) in TRAININGS.items()],
     Command("train low resumed", ["-c \"import shutil; shutil.copytree('{in}/run', '{out}/run')\"",
-                                  f"{TRICKS} --steps 5"], True),
+                                  f"{TRICKS} --steps 5"]),
     Command("train low torchrun", [f"{TWO} {{low_plain}} --preset demo {TINY} {D32} --steps 3"]),
     Command("train sr torchrun zero", [f"{TWO} {{sr_plain}} --preset demo {TINY} {D32} {CROP} --steps 3 --zero"]),
     Command("text", [f"{TEXT} --steps 3 --reports {{in}}/reports.jsonl --out {{out}}/text",

@@ -26,8 +26,9 @@ from support.nifti import save_nifti
 from support.outputs import check_free, names_of
 from support.pictures import picture
 from support.reports import texts_asked
+from support.sampling import SAMPLING, check_sampling, how_to_sample, wanted
 from support.slabs import by_slabs
-from support.weights import beyond, check_pair, check_sampling, how_to_sample, load_stages, wanted
+from support.weights import beyond, check_pair, load_stages
 from unet3d import Block, UNet3D
 
 DEMO = os.path.relpath(Path(__file__).parent / "checkpoints/demo-256")
@@ -86,8 +87,7 @@ def settings(args, stages):
     2; --plain: the paper's, whatever that file says.   -> dict"""
     s = dict(low_steps=50, sr_steps=20, guidance=1.0 if args.plain else 2.0)
     s |= {} if args.plain else how_to_sample(stages)
-    names = ("low_steps", "sr_steps", "guidance", "interval", "solver", "agree", "tidy")
-    s |= {k: getattr(args, k) for k in names if getattr(args, k, None) is not None}
+    s |= {k: getattr(args, k) for k in SAMPLING if getattr(args, k, None) is not None}
     check_sampling(s)
     s["beyond"] = wanted(s)
     if s["beyond"] and not beyond("sampling"):

@@ -21,7 +21,7 @@ from data import cases
 from support.bert import check_new, check_options, from_scratch, hold_out, join, read_model, save, warn
 from support.cli import Parser, choose_device, exits, fast_bfloat16
 from support.files import write_atomic
-from support.reports import Report, load_reports, read_report, split_run_together, split_sections  # noqa: F401
+from support.reports import load_reports, read_report, split_sections
 
 CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"     # the paper's start (sec. 4.1), 768 wide
 TOKENS = 192              # N, the tokens of a report that the UNet sees; not in the paper, the released code's

@@ -36,8 +36,8 @@ from reference import Reference
 from sample import generate, ready
 from support.cli import Parser, exits, fast_bfloat16, keep_memory
 from support.fast import compile_blocks, recompute
+from support.sampling import wanted
 from support.slabs import by_slabs
-from support.weights import wanted
 from unet3d import Block, Round, UNet3D
 
 STAGES = {"G": dict(heads=8), "H": dict(in_channels=8, heads=4, rounds=1, context_dim=0)}

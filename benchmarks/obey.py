@@ -43,7 +43,8 @@ from support.checks import array_of
 from support.cli import Parser, choose_device, exits, keep_memory
 from support.files import write_atomic
 from support.pictures import dots
-from support.weights import check_sampling, load_stages
+from support.sampling import check_sampling
+from support.weights import load_stages
 from unet3d import UNet3D
 
 ROOT = Path(__file__).parent.parent

@@ -1,4 +1,4 @@
-"""Weights on disk: written by the trainers, read by them and by sample.py; and how they want to be sampled.
+"""Weights on disk: written by the trainers, read by them and by sample.py.
 
 Weights that want what the paper does not have name it in their metadata; only for these `beyond` is opened.
 """
@@ -143,78 +143,3 @@ def check_pair(stages, model, scale):
     if sr != scale * low:
         raise ValueError(f"--model {model}: stage 1 makes {low}^3, stage 2 {sr}^3 where {scale * low}^3 is next; "
                          "the two belong together; put weights of one size there or pass --stop-at-low")
-
-
-# --- how they want to be sampled ---
-
-SAMPLING = dict(low_steps=int, sr_steps=int, guidance=(int, float), interval=list, solver=str, agree=bool, tidy=bool,
-                shown=list)
-OF_STAGE_2 = ("sr_steps", "agree", "tidy")
-
-
-def how_to_sample(stages):
-    """What sampling.json beside the weights of each stage says, merged. Where there is none, what the weights' metadata
-    imply, which is said.   stages: as `load_stages` gives them   -> dict, some of SAMPLING"""
-    merged = {}
-    for kind, (_, about) in stages.items():
-        path = Path(about["file"]).with_name("sampling.json")
-        found = read_sampling(path) if path.is_file() else implied(kind, about)
-        if found and not path.is_file():
-            words = ", ".join(f"{k} {v}" for k, v in found.items())
-            print(f"{path} is not there; {Path(about['file']).name} is sampled as its metadata say: {words}")
-        shown = sorted({*merged.get("shown", []), *found.get("shown", [])})
-        merged |= found | ({"shown": shown} if shown else {})
-    return {k: v for k, v in merged.items() if "sr" in stages or k not in OF_STAGE_2}
-
-
-def read_sampling(path):
-    """What a sampling.json says, or ValueError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        right = isinstance(found, dict) and all(k in SAMPLING and isinstance(v, SAMPLING[k]) for k, v in found.items())
-        right = right and all(isinstance(t, (int, float)) for t in found.get("interval", []))
-        right = right and not any(isinstance(found.get(k), bool) for k in ("low_steps", "sr_steps", "guidance"))
-        right = right and all(stage in ("low", "sr") for stage in found.get("shown", []))
-    except ValueError:
-        right = False
-    if not right:
-        raise ValueError(f"{path}: says not how to sample; a JSON object with some of {', '.join(SAMPLING)} is needed; "
-                         "mend it, remove it, or pass --plain")
-    return found
-
-
-def implied(kind, about):
-    """How weights of trainers from before sampling.json are sampled: their configurations still name the tricks, idle
-    or not. Released weights, and the method's own: as the paper has it, with guidance."""
-    config, found = about["provenance"].get("config", {}) if "step" in about else {}, {}
-    if not config.keys() & BEYOND.keys():
-        return {}
-    if config.get("given"):
-        found["shown"] = [kind]
-    if kind == "sr":
-        found["tidy"] = True
-        if str(config.get("preset", "")).startswith("demo"):
-            found["agree"] = True
-    return found
-
-
-def wanted(s):
-    """What a way of sampling asks for that the paper does not have, and beyond/sampling.py does.   -> list of names"""
-    names = [name for name in ("agree", "tidy", "shown") if s.get(name)]
-    names += ["solver"] if s.get("solver", "ddim") != "ddim" else []
-    return names + (["interval"] if list(s.get("interval", (0, 1))) != [0, 1] else [])
-
-
-def check_sampling(s):
-    """ValueError for a way of sampling that means nothing.   s: some of SAMPLING; None is not given"""
-    for name in ("low_steps", "sr_steps"):
-        if s.get(name) is not None and s[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {s[name]}; at least 1 is needed; change it")
-    scale, interval = s.get("guidance"), s.get("interval")
-    if scale is not None and not 0 <= scale < float("inf"):
-        raise ValueError(f"--guidance {scale}; a finite number, not negative, is needed; 2 is usual")
-    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
-        raise ValueError(f"--guidance-interval {' '.join(map(str, interval))}; two times, 0 <= FROM <= TO <= 1, are "
-                         "needed; change them")
-    if s.get("solver") not in (None, "ddim", "dpm"):
-        raise ValueError(f"solver {s['solver']}; ddim or dpm; mend sampling.json or pass --solver")

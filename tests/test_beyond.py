@@ -22,8 +22,8 @@ from beyond.solvers import dpm_sample
 from data import Cases, cases, decode, encode, upsample
 from diffusion import alpha_bar, beside, ddim_sample, guided, held, q_sample, times
 from support.options import parse
+from support.sampling import wanted
 from support.slabs import by_slabs
-from support.weights import wanted
 from test_diffusion import flow_error, held_while_working, point
 from test_train import CROP, TINY, exported, same, torchrun, weights
 from unet3d import Block, UNet3D

@@ -19,7 +19,8 @@ from beyond import sampling
 from data import CHANNELS, grid_affine
 from support.nifti import save_nifti
 from support.options import parse
-from support.weights import export, how_to_sample, implied, load_stages
+from support.sampling import how_to_sample, implied
+from support.weights import export, load_stages
 from unet3d import UNet3D
 
 QUICK = ["--low-steps", "2", "--sr-steps", "2", "--device", "cpu"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import text_encoder as te
-from support.reports import Report
+from support.reports import Report, split_run_together
 
 FACTS = {"effusion": ("fluid lies behind the {} lung", "{} effusion"),
          "nodule": ("a small round lesion in the {} lung", "{} nodule"),
@@ -148,10 +148,10 @@ def test_sections_are_found_by_their_headings(text, sections):
 
 
 def test_reports_without_headings_are_split_at_the_first_mark_else_before_the_last_two_sentences():
-    assert te.split_run_together('Clear. Bones normal. " Nodules " Cyst.') == ("Clear. Bones normal.", "Nodules Cyst.")
-    assert te.split_run_together("Clear. • Nodules. • Cyst.") == ("Clear.", "Nodules. Cyst.")
+    assert split_run_together('Clear. Bones normal. " Nodules " Cyst.') == ("Clear. Bones normal.", "Nodules Cyst.")
+    assert split_run_together("Clear. • Nodules. • Cyst.") == ("Clear.", "Nodules. Cyst.")
     text = "Clear. Bones normal. No infection. Repeat it."
-    assert te.split_run_together(text) == ("Clear. Bones normal.", "No infection. Repeat it.")
+    assert split_run_together(text) == ("Clear. Bones normal.", "No infection. Repeat it.")
 
 
 def test_embed_writes_what_encode_gives(folder, encoder, tmp_path):

@@ -108,20 +108,23 @@ class Extended(UNet3D):
 
 class Sharp(Extended):
     """A network on cubes that copies what it sees where there is little noise: the whole cube goes into the stem, the
-    head knows the time, and at the end a Block of `fine` channels works on voxels, on [xt, features]. What it predicts
-    is preconditioned, after Karras et al. 2022 (arXiv 2206.00364), for x_0 under our schedule:
+    head knows the time, and at the end a Block of `fine` channels works on voxels, on [xt, F, features], F being what the
+    cubes' way estimates. xt and F are averaged by their inverse variances, and the Block's D mends the average:
 
-        x0_hat = mean + c_skip (xt - sqrt(abar) mean) + c_out F(xt, t)
-        c_skip = sqrt(abar) s^2 / (abar s^2 + 1 - abar)              the Wiener estimate of data N(mean, s^2)
-        c_out  = sqrt(s^2 (1 - abar) / (abar s^2 + 1 - abar))        its error, so that F is of size 1 at every t
+        x0_hat = F + c_skip (xt - sqrt(abar) F) + c_out D
+        c_skip = sqrt(abar) s^2 / (abar s^2 + 1 - abar)              the Wiener estimate of data N(F, s^2)
+        c_out  = sqrt(s^2 (1 - abar) / (abar s^2 + 1 - abar))        its error, so that D is of size 1 at every t
 
-    fine: width of the last Block   mean, std: of each channel of x_0 over the data, `statistics`
+    It is the preconditioning of Karras et al. 2022 (arXiv 2206.00364) for x_0 under our schedule, with F in place of
+    the data's mean; s is how far voxels lie from the mean of their cube, of which cubes know little.
+
+    fine: width of the last Block   std: s of each channel, `statistics`
     """
 
-    def __init__(self, dim, fine=8, mean=(0.0,) * 4, std=(1.0,) * 4, **args):
+    def __init__(self, dim, fine=8, std=(0.2,) * 4, **args):
         super().__init__(dim, **args)
         cin, cout, cube, wide = self.args["in_channels"], self.args["out_channels"], self.patch**3, self.out.in_features
-        self.args |= dict(fine=fine, mean=list(mean), std=list(std))
+        self.args |= dict(fine=fine, std=list(std))
         del self.squeeze
         self.stem = Stem(cin * cube, dim, 7, padding=3)
         self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
@@ -138,22 +141,24 @@ class Sharp(Extended):
         del stem
         x = self.head(x, temb)
         x = lay_out(to_space(self.out(x), self.patch))                   # (B,4+fine,D,H,W)
-        F = x[:, :self.args["out_channels"]] + self.detail(self.fine(self.join(lay_out(xt), x), temb))
-        return self.precondition(xt, t, F)
+        D = self.detail(self.fine(self.join(lay_out(xt), x), temb))
+        return self.average(xt, t, x[:, :D.shape[1]], D)
 
-    def precondition(self, xt, t, F):
-        """F -> x0_hat, in float32.   xt: the network's input, x_t its last channels   F: (B,4,D,H,W)"""
-        xt, F, abar = xt[:, -F.shape[1]:].float(), F.float(), alpha_bar(t)
-        mean, std = (xt.new_tensor(self.args[name]).reshape(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    def average(self, xt, t, F, D):
+        """-> x0_hat, in float32.   xt: the network's input, x_t its last channels   F, D: (B,4,D,H,W)"""
+        xt, F, D, abar = xt[:, -F.shape[1]:].float(), F.float(), D.float(), alpha_bar(t)
+        std = xt.new_tensor(self.args["std"]).reshape(1, -1, 1, 1, 1)
         error = abar * std**2 + 1 - abar
         c_skip, c_out = abar.sqrt() * std**2 / error, std * ((1 - abar) / error).sqrt()
-        return mean + c_skip * (xt - abar.sqrt() * mean) + c_out * F
+        return F + c_skip * (xt - abar.sqrt() * F) + c_out * D
 
 
-def statistics(dataset, n=64):
-    """Mean and standard deviation of each channel of x_0 over the first items of a dataset.   -> two lists of 4"""
-    x = torch.stack([dataset[k][1].flatten(1) for k in range(min(n, len(dataset)))])     # (n,4,voxels)
-    return x.mean((0, 2)).tolist(), x.std((0, 2)).tolist()
+def statistics(dataset, patch, n=64):
+    """How far voxels lie from the mean of their cube of patch^3 voxels: the standard deviation of each channel of x_0
+    over the first items of a dataset.   -> list of 4"""
+    x = torch.stack([dataset[k][1] for k in range(min(n, len(dataset)))])                # (n,4,D,H,W)
+    x = to_depth(x, patch).unflatten(1, (-1, patch**3))                                  # (n,4,p^3,D/p,H/p,W/p)
+    return (x - x.mean(2, keepdim=True)).square().mean((0, 2, 3, 4, 5)).sqrt().tolist()
 
 
 def folded(state, net):
@@ -183,23 +188,18 @@ def folded(state, net):
 
 
 def sharpened(state, net):
-    """The weights of a network on cubes, rewritten for `net`, a Sharp one, so that where noise is all it makes what the
-    old one makes, but for the edges of the volume. There F = (x0_hat - mean) / std.   state: name -> tensor -> the same
-    """
-    new, cube = dict(state), net.patch**3
+    """The weights of a network on cubes, rewritten for `net`, a Sharp one, so that F is at first what the old one
+    makes, but for the edges of the volume, and D is 0.   state: name -> tensor   -> the same"""
+    new, begun = dict(state), net.state_dict()
     squeeze, bias = new.pop("squeeze.weight"), new.pop("squeeze.bias")
-    stem = new["stem.weight"]
+    stem, outputs = new["stem.weight"], len(state["out.weight"])
     new["stem.weight"] = torch.einsum("ocdhw,ck->okdhw", stem, squeeze)
     new["stem.bias"] = new["stem.bias"] + torch.einsum("ocdhw,c->o", stem, bias)
-    mean, std = (torch.tensor(net.args[name]).repeat_interleave(cube) for name in ("mean", "std"))
-    own = {name: net.state_dict()[name].clone() for name in ("head.time.weight", "head.time.bias", "out.weight",
-                                                             "out.bias", "detail.weight", "detail.bias")}
+    for name in ("out.weight", "out.bias"):                              # what follows are features, still random
+        new[name] = torch.cat([state[name], begun[name][outputs:]])
     for name in ("head.time.weight", "head.time.bias", "detail.weight", "detail.bias"):
-        own[name].zero_()
-    own["out.weight"][:len(std)] = state["out.weight"] / std[:, None]
-    own["out.bias"][:len(std)] = (state["out.bias"] - mean) / std
-    fine = {name: value for name, value in net.state_dict().items() if name.startswith("fine.")}
-    return new | own | fine
+        new[name] = torch.zeros_like(begun[name])
+    return new | {name: value for name, value in begun.items() if name.startswith("fine.")}
 
 
 def begin_from(path, kind, net):

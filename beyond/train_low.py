@@ -66,8 +66,7 @@ def make_net(cfg, dataset, **args):
         return Extended(cfg.dim, patch=cfg.patch, **args)
     if cfg.patch == 1:
         raise ValueError(f"--fine {cfg.fine} with --patch 1; it belongs to networks on cubes; pass --patch 2")
-    mean, std = statistics(dataset)
-    return Sharp(cfg.dim, cfg.fine, mean, std, patch=cfg.patch, **args)
+    return Sharp(cfg.dim, cfg.fine, statistics(dataset, cfg.patch), patch=cfg.patch, **args)
 
 
 def low_net(cfg, dataset):

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import beyond.train_low
 import copying
-from beyond.nets import Extended, Sharp, sharpened, statistics
+from beyond.nets import Extended, Sharp, sharpened, statistics, to_depth, to_space
 from data import CHANNELS, cases, encode
 from diffusion import alpha_bar, loss, q_sample
 from support.slabs import by_slabs
@@ -35,20 +35,20 @@ def volumes(phantoms):
 
 def sharp(volumes, **options):
     torch.manual_seed(0)
-    mean, std = statistics([(0, x) for x in volumes])
-    return Sharp(8, fine=8, mean=mean, std=std, **OPTIONS, **options)
+    return Sharp(8, fine=8, std=statistics([(0, x) for x in volumes], 2), **OPTIONS, **options)
 
 
-def test_what_has_learned_nothing_returns_the_best_linear_estimate(volumes):
+def test_what_has_learned_cubes_alone_returns_the_best_average_with_what_it_sees(volumes):
     net, t = sharp(volumes), torch.tensor([0.02, 0.3, 0.7, 1.0])
     xt = q_sample(volumes, t, torch.randn_like(volumes))
-    x0_hat = net.precondition(xt, t, torch.zeros_like(xt))
-    mean, std = (torch.tensor(net.args[k]).reshape(1, 4, 1, 1, 1) for k in ("mean", "std"))
+    F = to_space(to_depth(volumes, 2).unflatten(1, (4, 8)).mean(2).repeat_interleave(8, 1), 2)   # means over cubes
+    x0_hat, s2 = net.average(xt, t, F, torch.zeros_like(xt)), torch.tensor(net.args["std"]).reshape(-1, 1, 1, 1)**2
+    assert error(s2.flatten(), (volumes - F).square().mean((0, 2, 3, 4))) < 1e-5
     abar = alpha_bar(t)
-    gain = abar.sqrt() * std**2 / (abar * std**2 + 1 - abar)             # cov(x0, xt) / var(xt)
-    assert error(x0_hat, mean + gain * (xt - abar.sqrt() * mean)) < 1e-5
+    gain = abar.sqrt() * s2 / (abar * s2 + 1 - abar)                     # cov(x0, xt) / var(xt) about F
+    assert error(x0_hat, F + gain * (xt - abar.sqrt() * F)) < 1e-5
     for scale in (0.99, 1.01):                                           # no other gain is better, over all voxels
-        other = mean + scale * gain * (xt - abar.sqrt() * mean)
+        other = F + scale * gain * (xt - abar.sqrt() * F)
         assert (x0_hat - volumes).square().mean() < (other - volumes).square().mean()
 
 
@@ -76,15 +76,18 @@ def test_slabs_of_it_give_the_whole_volume(volumes):
         assert error(net(volumes[:1], t), whole) < 2e-5
 
 
-def test_begun_from_cubes_it_makes_of_noise_what_they_made(volumes):
+def test_begun_from_cubes_it_makes_of_noise_what_they_made_and_copies_at_once(volumes):
     torch.manual_seed(1)
     old, net = Extended(8, **OPTIONS), sharp(volumes)
     net.load_state_dict(sharpened(old.state_dict(), net))
-    t = torch.tensor([1.0])
     with torch.no_grad():
-        noise = torch.randn(1, 4, 32, 32, 32)
+        noise, t = torch.randn(1, 4, 32, 32, 32), torch.tensor([1.0])
         before, after = old(noise, t), net(noise, t)     # the stem's zeros at the edges are other zeros
-    assert (before - after).abs().mean() < 0.05 * before.std()
+        assert (before - after).abs().mean() < 0.05 * before.std()
+        t = torch.tensor([0.02])
+        xt = q_sample(volumes[:1], t, noise)
+        before, after = ((m(xt, t) - volumes[:1]).square().mean() for m in (old, net))
+        assert after < 0.05 * before
 
 
 @pytest.mark.slow
@@ -100,7 +103,7 @@ def test_it_trains_resumes_to_the_bit_and_loads(phantoms, tmp_path, fails):
     whole, parts = (torch.load(tmp_path / out / "low/last.pt", weights_only=True) for out in ("whole", "parts"))
     assert all(torch.equal(whole["ema"][k], parts["ema"][k]) for k in whole["ema"])
     net, about = load_stages(tmp_path / "whole", UNet3D)["low"]
-    assert isinstance(net, Sharp) and about["args"]["fine"] == 8 and len(about["args"]["mean"]) == 4
+    assert isinstance(net, Sharp) and about["args"]["fine"] == 8 and len(about["args"]["std"]) == 4
     code, err = fails(beyond.train_low.main, *TINY, "--data", finer, "--fine", 8, "--out", tmp_path / "no")
     assert code == 2 and "--patch 2" in err
 

@@ -108,8 +108,8 @@ class Extended(UNet3D):
 
 class Sharp(Extended):
     """A network on cubes that copies what it sees where there is little noise: the whole cube goes into the stem, the
-    head knows the time, and at the end a Block of `fine` channels works on voxels, on [xt, F, features], F being what the
-    cubes' way estimates. xt and F are averaged by their inverse variances, and the Block's D mends the average:
+    head knows the time, and at the end a Block of `fine` channels works on voxels, on [xt, F, features], where F is
+    what cubes estimate. xt and F are averaged by their inverse variances, and the Block's D mends the average:
 
         x0_hat = F + c_skip (xt - sqrt(abar) F) + c_out D
         c_skip = sqrt(abar) s^2 / (abar s^2 + 1 - abar)              the Wiener estimate of data N(F, s^2)

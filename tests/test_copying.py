@@ -39,17 +39,17 @@ def sharp(volumes, **options):
 
 
 def test_what_has_learned_cubes_alone_returns_the_best_average_with_what_it_sees(volumes):
-    net, t = sharp(volumes), torch.tensor([0.02, 0.3, 0.7, 1.0])
-    xt = q_sample(volumes, t, torch.randn_like(volumes))
+    net, rng = sharp(volumes), torch.Generator().manual_seed(0)
     F = to_space(to_depth(volumes, 2).unflatten(1, (4, 8)).mean(2).repeat_interleave(8, 1), 2)   # means over cubes
-    x0_hat, s2 = net.average(xt, t, F, torch.zeros_like(xt)), torch.tensor(net.args["std"]).reshape(-1, 1, 1, 1)**2
-    assert error(s2.flatten(), (volumes - F).square().mean((0, 2, 3, 4))) < 1e-5
-    abar = alpha_bar(t)
-    gain = abar.sqrt() * s2 / (abar * s2 + 1 - abar)                     # cov(x0, xt) / var(xt) about F
-    assert error(x0_hat, F + gain * (xt - abar.sqrt() * F)) < 1e-5
-    for scale in (0.99, 1.01):                                           # no other gain is better, over all voxels
-        other = F + scale * gain * (xt - abar.sqrt() * F)
-        assert (x0_hat - volumes).square().mean() < (other - volumes).square().mean()
+    var = (volumes - F).square().mean((0, 2, 3, 4)).reshape(-1, 1, 1, 1)
+    for t in (0.02, 0.1, 0.3, 0.7):
+        t = torch.full((4,), t)
+        xt, abar = q_sample(volumes, t, torch.randn(volumes.shape, generator=rng)), alpha_bar(t)
+        gain = abar.sqrt() * var / (abar * var + 1 - abar)               # cov(x0, xt) / var(xt), about F
+        away = xt - abar.sqrt() * F
+        assert error(net.average(xt, t, F, torch.zeros_like(xt)), F + gain * away) < 1e-5
+        best, *others = ((F + scale * gain * away - volumes).square().mean() for scale in (1, 0.9, 1.1))
+        assert best < min(others)                                        # no other gain is better
 
 
 @pytest.mark.slow

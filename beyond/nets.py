@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusion import alpha_bar
-from support.fast import Pointwise, Stem, attention, lay_out, lay_out_weights
+from support.fast import Pointwise, attention, lay_out, lay_out_weights
 from support.weights import read_init
 from unet3d import HEAD_DIM, Block, UNet3D
 
@@ -16,7 +16,7 @@ PARTS = ("squeeze", "stem", "time", "pool", "downs", "first", "attend", "rounds"
 
 def form(args):
     """The class of network that arguments ask for."""
-    return Sharp if args.get("fine") else Extended
+    return Sharp if args.get("sharp") else Extended
 
 
 class TextPool(nn.Module):
@@ -107,50 +107,54 @@ class Extended(UNet3D):
 
 
 class Sharp(Extended):
-    """A network on cubes that copies what it sees where there is little noise: the whole cube goes into the stem, the
-    head knows the time, and at the end a Block of `fine` channels works on voxels, on [xt, F, features], where F is
-    what cubes estimate. xt and F are averaged by their inverse variances, and the Block's D mends the average:
+    """A network on cubes that copies what it sees where there is little noise. Beside its estimate F it predicts at
+    every voxel how far from it x_0 may be, s, and averages F and xt by their inverse variances:
 
         x0_hat = F + c_skip (xt - sqrt(abar) F) + c_out D
         c_skip = sqrt(abar) s^2 / (abar s^2 + 1 - abar)              the Wiener estimate of data N(F, s^2)
-        c_out  = sqrt(s^2 (1 - abar) / (abar s^2 + 1 - abar))        its error, so that D is of size 1 at every t
+        c_out  = sqrt(s^2 (1 - abar) / (abar s^2 + 1 - abar))        its error
 
     It is the preconditioning of Karras et al. 2022 (arXiv 2206.00364) for x_0 under our schedule, with F in place of
-    the data's mean; s is how far voxels lie from the mean of their cube, of which cubes know little.
+    the data's mean, and s at every voxel: edges and bones are copied where smooth tissue is not, whose noise would come
+    with it. The head knows the time. D, of a Block of `fine` channels on voxels that sees [xt, F, log s, features],
+    mends the average.
 
-    fine: width of the last Block   std: s of each channel, `statistics`
+    fine: width of that Block, 0 for none   std: s of each channel to begin with, `statistics`
     """
 
-    def __init__(self, dim, fine=8, std=(0.2,) * 4, **args):
+    def __init__(self, dim, sharp=True, fine=0, std=(0.2,) * 4, **args):
         super().__init__(dim, **args)
         cin, cout, cube, wide = self.args["in_channels"], self.args["out_channels"], self.patch**3, self.out.in_features
-        self.args |= dict(fine=fine, std=list(std))
-        del self.squeeze
-        self.stem = Stem(cin * cube, dim, 7, padding=3)
+        self.args |= dict(sharp=sharp, fine=fine, std=list(std))
         self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
-        self.out = Pointwise(wide, (cout + fine) * cube)
-        self.fine, self.detail = Block(cin + cout + fine, fine, 4 * dim, volume=True), Pointwise(fine, cout)
+        self.out = Pointwise(wide, (2 * cout + fine) * cube)
+        if fine:
+            self.fine = Block(cin + 2 * cout + fine, fine, 4 * dim, volume=True)
+            self.detail = Pointwise(fine, cout)
         lay_out_weights(self)
 
     def forward(self, xt, t, context=None, drop=None):
         context = self.text(context, drop, len(xt))
         temb = self.embed(t, context)
-        cubes = lay_out(to_depth(xt, self.patch))                        # (B,8C,D/2,H/2,W/2)
-        stem = self.stem(cubes)
+        cubes, n = lay_out(to_depth(xt, self.patch)), self.args["out_channels"]          # (B,8C,D/2,H/2,W/2)
+        stem = self.stem(self.squeeze(cubes))
         x = self.join(self.body(stem, temb, context), stem, cubes)
-        del stem
+        del stem, cubes
         x = self.head(x, temb)
-        x = lay_out(to_space(self.out(x), self.patch))                   # (B,4+fine,D,H,W)
-        D = self.detail(self.fine(self.join(lay_out(xt), x), temb))
-        return self.average(xt, t, x[:, :D.shape[1]], D)
+        x = to_space(self.out(x), self.patch)                            # (B,4+4+fine,D,H,W)
+        D = None
+        if self.args["fine"]:
+            x = lay_out(x)
+            D = self.detail(self.fine(self.join(lay_out(xt), x), temb))
+        return self.average(xt[:, -n:], t, x[:, :n], x[:, n:2 * n], D)
 
-    def average(self, xt, t, F, D):
-        """-> x0_hat, in float32.   xt: the network's input, x_t its last channels   F, D: (B,4,D,H,W)"""
-        xt, F, D, abar = xt[:, -F.shape[1]:].float(), F.float(), D.float(), alpha_bar(t)
-        std = xt.new_tensor(self.args["std"]).reshape(1, -1, 1, 1, 1)
-        error = abar * std**2 + 1 - abar
-        c_skip, c_out = abar.sqrt() * std**2 / error, std * ((1 - abar) / error).sqrt()
-        return F + c_skip * (xt - abar.sqrt() * F) + c_out * D
+    def average(self, xt, t, F, away, D=None):
+        """-> x0_hat, in float32.   away: log s over what it was to begin with   all: (B,4,D,H,W)"""
+        xt, F, abar = xt.float(), F.float(), alpha_bar(t)
+        s2 = xt.new_tensor(self.args["std"]).reshape(1, -1, 1, 1, 1)**2 * (2 * away.float().clamp(-5, 5)).exp()
+        error = abar * s2 + 1 - abar
+        x0_hat = F + abar.sqrt() * s2 / error * (xt - abar.sqrt() * F)
+        return x0_hat if D is None else x0_hat + (s2 * (1 - abar) / error).sqrt() * D
 
 
 def statistics(dataset, patch, n=64):
@@ -188,17 +192,14 @@ def folded(state, net):
 
 
 def sharpened(state, net):
-    """The weights of a network on cubes, rewritten for `net`, a Sharp one, so that F is at first what the old one
-    makes, but for the edges of the volume, and D is 0.   state: name -> tensor   -> the same"""
-    new, begun = dict(state), net.state_dict()
-    squeeze, bias = new.pop("squeeze.weight"), new.pop("squeeze.bias")
-    stem, outputs = new["stem.weight"], len(state["out.weight"])
-    new["stem.weight"] = torch.einsum("ocdhw,ck->okdhw", stem, squeeze)
-    new["stem.bias"] = new["stem.bias"] + torch.einsum("ocdhw,c->o", stem, bias)
-    for name in ("out.weight", "out.bias"):                              # what follows are features, still random
-        new[name] = torch.cat([state[name], begun[name][outputs:]])
-    for name in ("head.time.weight", "head.time.bias", "detail.weight", "detail.bias"):
-        new[name] = torch.zeros_like(begun[name])
+    """The weights of a network on cubes, rewritten for `net`, a Sharp one, so that F is at first what the old one makes, s
+    is `std`, and D is 0.   state: name -> tensor   -> the same"""
+    new, begun, outputs = dict(state), net.state_dict(), len(state["out.weight"])
+    for name in ("out.weight", "out.bias"):                              # F, log s, features: these are still random
+        new[name] = torch.cat([state[name], torch.zeros_like(state[name]), begun[name][2 * outputs:]])
+    for name in begun:
+        if name.startswith(("head.time", "detail")):
+            new[name] = torch.zeros_like(begun[name])
     return new | {name: value for name, value in begun.items() if name.startswith("fine.")}
 
 
@@ -209,7 +210,7 @@ def begin_from(path, kind, net):
     try:
         if net.patch > args.get("patch", 1):
             state = folded(state, net)
-        if net.args.get("fine") and not args.get("fine"):
+        if net.args.get("sharp") and not args.get("sharp"):
             state = sharpened(state, net)
         new, excess = net.load_state_dict(state, strict=False)
     except (KeyError, RuntimeError) as e:                                # lacks what is folded, or has other shapes

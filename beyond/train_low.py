@@ -31,8 +31,8 @@ class Tricks:
     bullae: float = arg(0.0, "with --windows: how much more a voxel of empty lung counts there")
     given: float = arg(0.0, "share of samples in which the CT, or some masks, are shown without noise", 0, 1)
     patch: int = arg(1, "2 runs the network on cubes of 2^3 voxels: a seventh of the arithmetic", 1)
-
-    fine: int = arg(0, "with --patch 2: width of a last Block on voxels, in a network that copies what it sees")
+    sharp: bool = arg(False, "with --patch 2: a network that copies what it sees where there is little noise")
+    fine: int = arg(0, "with --sharp: width of a last Block on voxels; 0 for none")
 
     def rate(self, step):
         return self.lr * min(1, (self.steps - step) / max(1, self.cool * self.steps))
@@ -62,11 +62,13 @@ class Config(Tricks, train_low.Config):
 
 def make_net(cfg, dataset, **args):
     """The form of network that the options ask for."""
-    if not cfg.fine:
+    if not cfg.sharp:
+        if cfg.fine:
+            raise ValueError(f"--fine {cfg.fine} without --sharp; it is a part of those networks; pass --sharp")
         return Extended(cfg.dim, patch=cfg.patch, **args)
     if cfg.patch == 1:
-        raise ValueError(f"--fine {cfg.fine} with --patch 1; it belongs to networks on cubes; pass --patch 2")
-    return Sharp(cfg.dim, cfg.fine, statistics(dataset, cfg.patch), patch=cfg.patch, **args)
+        raise ValueError("--sharp with --patch 1; it is a network on cubes; pass --patch 2")
+    return Sharp(cfg.dim, fine=cfg.fine, std=statistics(dataset, cfg.patch), patch=cfg.patch, **args)
 
 
 def low_net(cfg, dataset):

@@ -192,8 +192,8 @@ def folded(state, net):
 
 
 def sharpened(state, net):
-    """The weights of a network on cubes, rewritten for `net`, a Sharp one, so that F is at first what the old one makes, s
-    is `std`, and D is 0.   state: name -> tensor   -> the same"""
+    """The weights of a network on cubes, rewritten for `net`, a Sharp one, so that at first F is what the old one
+    makes, s is `std`, and D is 0.   state: name -> tensor   -> the same"""
     new, begun, outputs = dict(state), net.state_dict(), len(state["out.weight"])
     for name in ("out.weight", "out.bias"):                              # F, log s, features: these are still random
         new[name] = torch.cat([state[name], torch.zeros_like(state[name]), begun[name][2 * outputs:]])

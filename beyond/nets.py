@@ -108,16 +108,16 @@ class Extended(UNet3D):
 
 class Sharp(Extended):
     """A network on cubes that copies what it sees where there is little noise. Beside its estimate F it predicts at
-    every voxel how far from it x_0 may be, s, and averages F and xt by their inverse variances:
+    every voxel how far from it x_0 may be, s, and averages F and xt by their inverse variances, the Wiener estimate of
+    data N(F, s^2):
 
-        x0_hat = F + c_skip (xt - sqrt(abar) F) + c_out D
-        c_skip = sqrt(abar) s^2 / (abar s^2 + 1 - abar)              the Wiener estimate of data N(F, s^2)
-        c_out  = sqrt(s^2 (1 - abar) / (abar s^2 + 1 - abar))        its error
+        x0_hat = (1 - w) F + w xt / sqrt(abar) + sqrt(w (1 - abar) / abar) D
+        w = abar s^2 / (abar s^2 + 1 - abar) = sigmoid(2 log s + log(abar / (1 - abar)))
 
-    It is the preconditioning of Karras et al. 2022 (arXiv 2206.00364) for x_0 under our schedule, with F in place of
-    the data's mean, and s at every voxel: edges and bones are copied where smooth tissue is not, whose noise would come
-    with it. The head knows the time. D, of a Block of `fine` channels on voxels that sees [xt, F, log s, features],
-    mends the average.
+    The root is the error that the average has. It is the preconditioning of Karras et al. 2022 (arXiv 2206.00364) for
+    x_0 under our schedule, with F in place of the data's mean, and s at every voxel: edges and bones are copied where
+    smooth tissue is not, whose noise would come with it. The head knows the time. D, of a Block of `fine` channels on
+    voxels that sees [xt, F, log s, features], mends the average.
 
     fine: width of that Block, 0 for none   std: s of each channel to begin with, `statistics`
     """
@@ -149,20 +149,20 @@ class Sharp(Extended):
         return self.average(xt[:, -n:], t, x[:, :n], x[:, n:2 * n], D)
 
     def average(self, xt, t, F, away, D=None):
-        """-> x0_hat, in float32.   away: log s over what it was to begin with   all: (B,4,D,H,W)"""
-        xt, F, abar = xt.float(), F.float(), alpha_bar(t)
-        s2 = xt.new_tensor(self.args["std"]).reshape(1, -1, 1, 1, 1)**2 * (2 * away.float().clamp(-5, 5)).exp()
-        error = abar * s2 + 1 - abar
-        x0_hat = F + abar.sqrt() * s2 / error * (xt - abar.sqrt() * F)
-        return x0_hat if D is None else x0_hat + (s2 * (1 - abar) / error).sqrt() * D
+        """-> x0_hat, in float32.   away: log s less what it was to begin with   all: (B,4,D,H,W)"""
+        abar = alpha_bar(t)
+        begin = 2 * xt.new_tensor(self.args["std"], dtype=torch.float32).log().reshape(1, -1, 1, 1, 1)
+        w = (2 * away.float().clamp(-5, 5) + begin + torch.logit(abar)).sigmoid()
+        x0_hat = torch.lerp(F.float(), xt.float() / abar.sqrt(), w)
+        return x0_hat if D is None else x0_hat + (w * ((1 - abar) / abar)).sqrt() * D
 
 
 def statistics(dataset, patch, n=64):
     """How far voxels lie from the mean of their cube of patch^3 voxels: the standard deviation of each channel of x_0
-    over the first items of a dataset.   -> list of 4"""
+    over the first items of a dataset; at least 0.001, where a channel is empty.   -> list of 4"""
     x = torch.stack([dataset[k][1] for k in range(min(n, len(dataset)))])                # (n,4,D,H,W)
     x = to_depth(x, patch).unflatten(1, (-1, patch**3))                                  # (n,4,p^3,D/p,H/p,W/p)
-    return (x - x.mean(2, keepdim=True)).square().mean((0, 2, 3, 4, 5)).sqrt().tolist()
+    return (x - x.mean(2, keepdim=True)).square().mean((0, 2, 3, 4, 5)).sqrt().clamp(min=1e-3).tolist()
 
 
 def folded(state, net):

@@ -33,13 +33,13 @@ def volumes(phantoms):
                         for case in cases(phantoms)[:4]])
 
 
-def sharp(volumes, **options):
+def sharp(volumes, fine):
     torch.manual_seed(0)
-    return Sharp(8, fine=8, std=statistics([(0, x) for x in volumes], 2), **OPTIONS, **options)
+    return Sharp(8, fine=fine, std=statistics([(0, x) for x in volumes], 2), **OPTIONS)
 
 
 def test_what_has_learned_cubes_alone_returns_the_best_average_with_what_it_sees(volumes):
-    net, rng = sharp(volumes), torch.Generator().manual_seed(0)
+    net, rng = sharp(volumes, 0), torch.Generator().manual_seed(0)
     F = to_space(to_depth(volumes, 2).unflatten(1, (4, 8)).mean(2).repeat_interleave(8, 1), 2)   # means over cubes
     var = (volumes - F).square().mean((0, 2, 3, 4)).reshape(-1, 1, 1, 1)
     for t in (0.02, 0.1, 0.3, 0.7):
@@ -48,42 +48,46 @@ def test_what_has_learned_cubes_alone_returns_the_best_average_with_what_it_sees
         gain = abar.sqrt() * var / (abar * var + 1 - abar)               # cov(x0, xt) / var(xt), about F
         away = xt - abar.sqrt() * F
         assert error(net.average(xt, t, F, torch.zeros_like(xt)), F + gain * away) < 1e-5
+        assert error(net.average(xt, t, F, torch.full_like(xt, -9)), F) < 0.01       # where it is sure, nothing of xt
         best, *others = ((F + scale * gain * away - volumes).square().mean() for scale in (1, 0.9, 1.1))
         assert best < min(others)                                        # no other gain is better
 
 
 @pytest.mark.slow
-def test_after_some_hundred_steps_it_copies_better_than_doing_nothing(volumes):
-    small, rng = volumes[..., 8:24, 8:24, 8:24], torch.Generator().manual_seed(0)
-    net = sharp(small)
-    opt = torch.optim.AdamW(net.parameters(), 2e-3)
-    for _ in range(200):                                 # where there is little noise
+@pytest.mark.parametrize("fine", [0, 8])
+def test_after_some_hundred_steps_it_copies_better_than_doing_nothing(volumes, fine):
+    small, rng, steps = volumes[..., 8:24, 8:24, 8:24], torch.Generator().manual_seed(0), 200
+    net = sharp(small, fine)
+    opt = torch.optim.AdamW(net.parameters())
+    for step in range(steps):                            # where there is little noise
+        opt.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         when, eps = 0.1 * torch.rand(4, generator=rng), torch.randn(small.shape, generator=rng)
         loss(net, small, when, eps).backward()
         opt.step()
         opt.zero_grad()
     found = copying.errors(net.eval(), small[:1], 1)
-    for t, bound in ((0.02, 0.0011), (0.05, 0.004)):
+    for t, bound in ((0.02, 0.0012), (0.05, 0.0048)):
         got, idle = (found[who][f"error, t = {t}"] for who in ("network", "doing nothing"))
-        assert got < min(bound, 0.8 * idle)
+        assert got < min(bound, 0.95 * idle)
 
 
-def test_slabs_of_it_give_the_whole_volume(volumes):
-    net, t = sharp(volumes).eval(), torch.tensor([0.4])
+@pytest.mark.parametrize("fine", [0, 8])
+def test_slabs_of_it_give_the_whole_volume(volumes, fine):
+    net, t = sharp(volumes, fine).eval(), torch.tensor([0.4])
     with torch.no_grad():
         whole = net(volumes[:1], t)
         by_slabs(net, 5, Block)
-        assert error(net(volumes[:1], t), whole) < 2e-5
+        assert error(net(volumes[:1], t), whole) < 5e-5
 
 
-def test_begun_from_cubes_it_makes_of_noise_what_they_made_and_copies_at_once(volumes):
+@pytest.mark.parametrize("fine", [0, 8])
+def test_begun_from_cubes_it_makes_of_noise_what_they_made_and_copies_at_once(volumes, fine):
     torch.manual_seed(1)
-    old, net = Extended(8, **OPTIONS), sharp(volumes)
+    old, net = Extended(8, **OPTIONS), sharp(volumes, fine)
     net.load_state_dict(sharpened(old.state_dict(), net))
     with torch.no_grad():
         noise, t = torch.randn(1, 4, 32, 32, 32), torch.tensor([1.0])
-        before, after = old(noise, t), net(noise, t)     # the stem's zeros at the edges are other zeros
-        assert (before - after).abs().mean() < 0.05 * before.std()
+        assert error(old(noise, t), net(noise, t)) < 0.01        # noise is worth 1e-4 * std^2 there
         t = torch.tensor([0.02])
         xt = q_sample(volumes[:1], t, noise)
         before, after = ((m(xt, t) - volumes[:1]).square().mean() for m in (old, net))
@@ -96,7 +100,7 @@ def test_it_trains_resumes_to_the_bit_and_loads(phantoms, tmp_path, fails):
     for case in cases(phantoms):
         shutil.copytree(case, finer / case.name)
         np.save(finer / case.name / "low.npy", np.load(case / "low.npy").repeat(2, 1).repeat(2, 2).repeat(2, 3))
-    run = [*TINY, "--warm-up", "0", "--data", str(finer), "--patch", "2", "--fine", "8", "--cool", "0"]
+    run = [*TINY, "--warm-up", "0", "--data", str(finer), "--patch", "2", "--sharp", "--fine", "8", "--cool", "0"]
     for out, steps in (("whole/low", (4,)), ("parts/low", (2, 4))):
         for n in steps:
             beyond.train_low.main([*run, "--out", str(tmp_path / out), "--steps", str(n)])
@@ -104,8 +108,9 @@ def test_it_trains_resumes_to_the_bit_and_loads(phantoms, tmp_path, fails):
     assert all(torch.equal(whole["ema"][k], parts["ema"][k]) for k in whole["ema"])
     net, about = load_stages(tmp_path / "whole", UNet3D)["low"]
     assert isinstance(net, Sharp) and about["args"]["fine"] == 8 and len(about["args"]["std"]) == 4
-    code, err = fails(beyond.train_low.main, *TINY, "--data", finer, "--fine", 8, "--out", tmp_path / "no")
-    assert code == 2 and "--patch 2" in err
+    for options, way in ((["--sharp"], "--patch 2"), (["--fine", 8], "--sharp")):
+        code, err = fails(beyond.train_low.main, *TINY, "--data", finer, *options, "--out", tmp_path / "no")
+        assert code == 2 and way in err
 
 
 def test_sharpness_counts_bone_its_place_and_edges():

@@ -2,7 +2,7 @@
 figure out.
 
     python evaluate.py fid REAL FAKE --weights resnet_50.pth       # FID and MMD (table 1), with the real-vs-real floor
-    python evaluate.py airway FOLDER [FOLDER]                      # mm^3, and a one-tailed t-test of two (table 1)
+    python evaluate.py airway FOLDER [FOLDER]                      # mm^3, and a t-test of two (table 1)
     python evaluate.py effusion FOLDER ...                         # mL (tables 2, 7)
     python evaluate.py laa FOLDER ...                              # %LAA-950 (table 3)
     python evaluate.py ctr FOLDER ...                              # cardiothoracic ratio (table 4, fig. 5)
@@ -155,6 +155,15 @@ def spread(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def t_test(a, b, expect, name_a, name_b):
+    """Two-sample t-test (Welch). One-tailed only in a direction that was asked for: one taken from the data would halve
+    p.   expect: "greater" or "less", of b beside a, or None   -> a line of text"""
+    from scipy.stats import ttest_ind
+    t = ttest_ind(b, a, equal_var=False, alternative=expect or "two-sided")
+    how = f"one-tailed, {name_b} {expect} than {name_a}" if expect else f"two-tailed, {name_b} beside {name_a}"
+    return f"two-sample t-test (Welch), {how}: t = {t.statistic:.2f}, p = {t.pvalue:.2g}"
+
+
 def measures(args):
     """A measurement of every case of one or more folders.   -> rows for the CSV"""
     name, unit, rows, groups = args.command, UNITS[args.command], [], []
@@ -169,11 +178,7 @@ def measures(args):
         v = np.array(group)
         print(f"{folder:32} {len(v):4d} {v.mean():10.4g} {spread(v):10.4g} {np.median(v):10.4g}")
     if len(groups) == 2 and min(map(len, groups)) > 1:
-        from scipy.stats import ttest_ind
-        (high, a), (low, b) = sorted(zip(args.folders, groups), key=lambda g: -np.mean(g[1]))
-        t = ttest_ind(a, b, equal_var=False, alternative="greater")
-        print(f"one-tailed two-sample t-test (Welch), {high} above {low}: t = {t.statistic:.2f}, p = {t.pvalue:.2g}; "
-              f"the direction is the data's, two-tailed p = {2 * t.pvalue:.2g}")
+        print(t_test(*groups, args.expect, *args.folders))
     histogram(args.figure, dict(zip(args.folders, groups)), f"{name}, {unit}")
     return rows
 
@@ -341,7 +346,8 @@ def phantoms(args):
 # --- obedience to prompts (tables 2 to 4) ---
 
 def prompts(args):
-    """Samples of pairs of prompts, each measured; a line of the file is `measure | prompt without | prompt with`."""
+    """Samples of pairs of prompts, each measured, and a t-test of the two; a line of the file is `measure | prompt
+    without | prompt with`."""
     pairs = read_pairs(args.file)
     if not pairs or args.n < 1:
         raise ValueError(f"{args.file}, --n {args.n}: {len(pairs)} pairs of prompts, {args.n} samples each; "
@@ -349,6 +355,7 @@ def prompts(args):
     print(f"{'measure':20}{'prompt':64}{'n':>4}{'mean':>10} ± sd")
     rows = []
     for i, (name, *texts) in enumerate(pairs):
+        groups = []
         for j, text in enumerate(texts):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
             sampled(text, out, args)
@@ -356,6 +363,9 @@ def prompts(args):
             print(f"{name + ', ' + UNITS[name]:20}{text[:62]:64}{len(values):4d}{np.mean(values):10.3g} "
                   f"± {spread(values):.3g}")
             rows += [dict(folder=str(out), case=text, measure=name, value=v, unit=UNITS[name]) for v in values]
+            groups.append(values)
+        if args.n > 1:
+            print(t_test(*groups, args.expect, "the first prompt", "the second"))
     return rows
 
 
@@ -423,7 +433,7 @@ def labelled(path):
 
 
 def classify(x, y, x_test, y_test, classes, seed, epochs=30):
-    """Trains a SmallCNN.   -> accuracy, F1 (mean over classes) on the test part"""
+    """Trains a SmallCNN.   -> of the test part: accuracy, F1 of every class"""
     torch.manual_seed(seed)
     net = SmallCNN(classes)
     steps = epochs * -(-len(x) // 16)
@@ -444,16 +454,20 @@ def classify(x, y, x_test, y_test, classes, seed, epochs=30):
     for c in range(classes):
         hits, named, there = (guess == c) & (y_test == c), guess == c, y_test == c
         f1.append(2 * hits.sum() / (named.sum() + there.sum()).clamp(min=1))
-    return (guess == y_test).float().mean().item(), torch.stack(f1).mean().item()
+    return (guess == y_test).float().mean().item(), torch.stack(f1).tolist()
 
 
 def augment(args):
-    """Table 6: 5-fold classification of real volumes, trained on the real ones alone and with synthetic ones added."""
+    """Table 6: 5-fold classification of real volumes, trained on the real ones alone and with synthetic ones added;
+    accuracy and F1 of the positive class. Beside them F1 as a mean over the classes."""
     (x, labels), (xs, labels_s) = labelled(args.real), labelled(args.synthetic)
     names = sorted(set(labels))
     if len(names) < 2 or set(labels_s) - set(names) or min(labels.count(n) for n in names) < 5:
         raise ValueError(f"classes {names} and {sorted(set(labels_s))}; at least 2, the same in both, 5 real volumes "
                          "in each; mend the CSVs")
+    positive = args.positive or names[-1]
+    if positive not in names:
+        raise ValueError(f"--positive {positive}; the classes are {', '.join(names)}; name one of them")
     y, ys = (torch.tensor([names.index(n) for n in ls]) for ls in (labels, labels_s))
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed))
     fold = torch.empty(len(y), dtype=torch.long)
@@ -461,17 +475,18 @@ def augment(args):
         members = order[y[order] == c]
         fold[members] = torch.arange(len(members)) % 5
 
-    rows = []
+    rows, of = [], ("accuracy", f"F1 of {positive}", "macro F1")
     for title, extra, extra_y in (("real", x[:0], y[:0]), ("real + synthetic", xs, ys)):
         scores = []
         for k in range(5):
             train, test = fold != k, fold == k
-            scores.append(classify(torch.cat([x[train], extra]), torch.cat([y[train], extra_y]), x[test], y[test],
-                                   len(names), args.seed + k))
+            accuracy, f1 = classify(torch.cat([x[train], extra]), torch.cat([y[train], extra_y]), x[test], y[test],
+                                    len(names), args.seed + k)
+            scores.append((accuracy, f1[names.index(positive)], np.mean(f1)))
         mean, sd = np.mean(scores, 0), np.std(scores, 0, ddof=1)
-        print(f"{title:18} accuracy {mean[0]:.1%} ± {sd[0]:.1%}   F1 {mean[1]:.3f} ± {sd[1]:.3f}")
+        print(f"{title:18}", "   ".join(f"{m} {a:.3f} ± {b:.3f}" for m, a, b in zip(of, mean, sd)))
         rows += [dict(folder=title, case=f"fold {k}", measure=m, value=v, unit="1")
-                 for k, s in enumerate(scores) for m, v in zip(("accuracy", "F1"), s)]
+                 for k, s in enumerate(scores) for m, v in zip(of, s)]
     return rows
 
 
@@ -496,10 +511,12 @@ def parser():
     add("--device", help="cuda or cpu; default whichever is there")
 
     makers = ("none", "phantom", "totalseg")
+    expect = "what the second is expected to be beside the first, for a one-tailed t-test (default: two-tailed)"
     for name, unit in UNITS.items():
         add = command(name, measures, f"{name}, {unit}")
         add("folders", nargs="+", metavar="FOLDER")
         add("--segment", default="none", choices=makers, help="how to make masks that are not there (default none)")
+        add("--expect", choices=("less", "greater"), help=expect)
 
     add = command("dice", compare, "Dice of masks, reference first")
     add("folders", nargs="+", metavar="FOLDER")
@@ -515,6 +532,7 @@ def parser():
     add("--segment", default="phantom", choices=makers,
         help="how to make masks that are not sampled: phantom, the default, by thresholds that mean something for "
              "networks trained on phantoms alone; totalseg for those trained on patients")
+    add("--expect", choices=("less", "greater"), help=expect)
 
     add = command("phantoms", phantoms, "the measurers against the truth of fresh phantoms")
     add("--n", type=int, default=100, help="how many phantoms (default 100)")
@@ -524,6 +542,7 @@ def parser():
     add = command("augment", augment, "5-fold classification with and without synthetic samples")
     add("real", metavar="REAL.csv", help="lines `file,label`, files relative to the CSV")
     add("synthetic", metavar="SYNTHETIC.csv", help="the same, of the same classes")
+    add("--positive", metavar="LABEL", help="whose F1 table 6 shows (default the last label in the alphabet)")
     add("--seed", type=int, default=0, help="decides folds and training (default 0)")
     return p
 

@@ -65,8 +65,8 @@ def wanted(s):
 def check_sampling(s):
     """ValueError for a way of sampling that means nothing.   s: some of SAMPLING; None is not given"""
     for name in ("low_steps", "sr_steps"):
-        if s.get(name) is not None and s[name] < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {s[name]}; at least 1 is needed; change it")
+        if s.get(name) is not None and not 1 <= s[name] <= 1000:
+            raise ValueError(f"--{name.replace('_', '-')} {s[name]}; 1 to 1000 (T of the paper) are needed; change it")
     scale, interval = s.get("guidance"), s.get("interval")
     if scale is not None and not 0 <= scale < float("inf"):
         raise ValueError(f"--guidance {scale}; a finite number, not negative, is needed; 2 is usual")

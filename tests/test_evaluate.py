@@ -312,7 +312,22 @@ def test_augment_tells_classes_apart(folders, tmp_path, monkeypatch, capsys):
     (tmp_path / "r.csv").write_text("file,label\n" + "".join(lines))
     monkeypatch.setattr(evaluate.classify, "__defaults__", (1,))
     evaluate.main(["augment", "r.csv", "r.csv"])
-    assert len(table("augment.csv")) == 2 * 5 * 2 and "real + synthetic" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert len(table("augment.csv")) == 2 * 5 * 3 and "real + synthetic" in out and "F1 of well" in out
+    evaluate.main(["augment", "r.csv", "r.csv", "--positive", "ill", "--csv", "ill.csv"])
+    rows = {key: {(r["folder"], r["case"], r["measure"]): float(r["value"]) for r in table(key)}
+            for key in ("augment.csv", "ill.csv")}
+    for fold in ("real", "fold 0"), ("real", "fold 3"):
+        well, ill = rows["augment.csv"][(*fold, "F1 of well")], rows["ill.csv"][(*fold, "F1 of ill")]
+        assert (well + ill) / 2 == pytest.approx(rows["ill.csv"][(*fold, "macro F1")])
+
+
+def test_the_direction_of_a_test_is_asked_for_and_not_taken_from_the_data():
+    a, b = [1.0, 2.0, 3.0, 4.0], [3.0, 4.0, 5.5, 6.0]
+    two, greater, less = (float(evaluate.t_test(a, b, expect, "A", "B").split("p = ")[1])
+                          for expect in (None, "greater", "less"))
+    assert greater == pytest.approx(two / 2, rel=0.02) and less == pytest.approx(1 - greater, rel=0.02)
+    assert "B greater than A" in evaluate.t_test(a, b, "greater", "A", "B")
 
 
 def test_samples_of_another_request_are_not_measured_for_this_one(tmp_path, capsys, monkeypatch, fails):

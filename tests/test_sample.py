@@ -417,6 +417,7 @@ def bad(model, tmp_path, monkeypatch):
 def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, bad, fails):
     wrong = [
         (["--guidance", "nan"], "--guidance nan"), (["--low-steps", "0"], "--low-steps 0"),
+        (["--sr-steps", "1001"], "--sr-steps 1001; 1 to 1000"),
         (["--seed", "-1"], "--seed"), (["--guidance-interval", "0.8", "0.2"], "FROM <= TO"),
         (["--slab", "-2"], "--slab"), (["--samples", "0"], "--samples"), (["--center", "nan", 0, 0], "three finite"),
         (["--device", "cpu:x"], "--device cpu:x"), (["--solver", "euler"], "euler"),

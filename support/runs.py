@@ -3,8 +3,10 @@ import contextlib
 import csv
 import fcntl
 import io
+import itertools
 import os
 import pickle
+import re
 import signal
 import sys
 import zipfile
@@ -181,10 +183,24 @@ class Log:
 
     def write(self, step):
         """Lines beyond the step of the checkpoint, from a run that died after writing them, are dropped first."""
-        old = self.path.read_text().splitlines()[1:] if self.path.exists() else []
         new = self.rows.getvalue().splitlines()
         first = int(new[0].split(",")[0]) if new else step + 1
-        old = [line for line in old if line.strip() and int(line.split(",")[0]) < first]
+        old = [line for line in self.written() if int(line.split(",")[0]) < first]
         lines = ["step,loss,validation,gradient_norm,seconds", *old, *new]
         write_atomic(self.path, ("\n".join(lines) + "\n").encode())
         self.rows = io.StringIO()
+
+    def written(self):
+        """Lines of before. A file that holds others than this program's, a spreadsheet's say, is set aside: a training
+        does not end for the sake of its log."""
+        if not self.path.exists():
+            return []
+        lines = [line for line in self.path.read_bytes().decode(errors="replace").splitlines()[1:] if line.strip()]
+        if all(re.fullmatch(r"\d+(,[-+.\w]*){4}", line) for line in lines):
+            return lines
+        names = (self.path.with_name(f"{self.path.stem}.unread{n}.csv") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        self.path.rename(aside)
+        print(f"{self.path}: holds lines that this program did not write; it is now {aside.name}, and a new one begins",
+              file=sys.stderr)
+        return []

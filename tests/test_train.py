@@ -18,6 +18,7 @@ import train_low
 import train_sr
 from data import Cases, cases
 from diffusion import ddim_sample, guided, q_sample, times
+from support import runs
 from support.options import parse
 from support.weights import read_own
 from train_sr import augment_low
@@ -60,6 +61,24 @@ def low(phantoms, out, *more):
 
 def sr(phantoms, out, *more):
     train_sr.main([*TINY, *CROP, "--data", str(phantoms), "--out", str(out), *map(str, more)])
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b.replace(b",", b";"), lambda b: b.replace(b"\n", b",,\n"),
+                                   lambda b: b"\xff\xfe" + b.decode().encode("utf-16-le"), lambda b: b[:-9] + b"\n"])
+def test_a_log_that_a_spreadsheet_saved_is_set_aside(tmp_path, capsys, spoil):
+    log = runs.Log(tmp_path / "loss.csv")
+    for step in (1, 2):
+        log.add(step, "0.5", "", "0.1", "1.0")
+    log.write(2)
+    spoiled = spoil(log.path.read_bytes())
+    log.path.write_bytes(spoiled)
+    for n in (1, 2):                                     # and again, under another name
+        log.add(3, "0.4", "0.3", "0.1", "2.0")
+        log.write(3)
+        assert (tmp_path / f"loss.unread{n}.csv").read_bytes() == spoiled
+        assert [row["step"] for row in rows(tmp_path)] == ["3"]
+        assert f"loss.unread{n}.csv" in capsys.readouterr().err
+        log.path.write_bytes(spoiled)
 
 
 # --- it goes on where it stopped, whoever runs it ---

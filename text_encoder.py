@@ -22,6 +22,7 @@ from support.bert import check_new, check_options, from_scratch, hold_out, join,
 from support.cli import Parser, choose_device, exits, fast_bfloat16
 from support.files import write_atomic
 from support.reports import load_reports, read_report, split_sections
+from support.seeds import mixed
 
 CXR_BERT = "microsoft/BiomedVLP-CXR-BERT-specialized"     # the paper's start (sec. 4.1), 768 wide
 TOKENS = 192              # N, the tokens of a report that the UNet sees; not in the paper, the released code's
@@ -93,7 +94,7 @@ def load(source=CXR_BERT, tokens=TOKENS, device="cpu"):
 
 def seeded(seed, step):
     """The random numbers of one step."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    return torch.Generator().manual_seed(mixed(seed, step))
 
 
 def mask_words(ids, tokenizer, generator, kept=0.0):
@@ -231,7 +232,7 @@ def train(a):
         epoch, i = divmod(step, per_epoch)
         order = torch.randperm(len(reports), generator=seeded(a.seed, 2 ** 31 + epoch))[i * a.batch:(i + 1) * a.batch]
         generator = seeded(a.seed, step)
-        torch.manual_seed((a.seed << 32) + step * world + rank)
+        torch.manual_seed(mixed(a.seed, step * world + rank))
         pairs, paired = swap_sections([reports[j] for j in order], reports, generator)
         batch = (*make_batch(pairs, tokenizer, a.tokens, generator, a.kept), paired)
         holes, kinds, mask, chosen, ids, paired = (x[rank::world].to(device) for x in batch)

@@ -30,6 +30,7 @@ from support.cli import exits, keep_memory
 from support.fast import compile_blocks, recompute
 from support.options import arg, parse
 from support.pictures import picture
+from support.seeds import mixed
 from support.weights import begin_from, export
 from unet3d import Block, Round, UNet3D
 
@@ -45,7 +46,7 @@ class Common:
     init: str = arg("", "exported weights of another run to begin from, instead of random ones")
     preset: str = arg("", "paper, or demo: 32^3 -> 128^3 on two CPU cores; default paper on a GPU, else demo")
     device: str = arg("", "cuda or cpu; default whichever is there")
-    seed: int = arg(0, "decides the first weights, the order of cases and all noise", 0, 2**23 - 1)
+    seed: int = arg(0, "decides the first weights, the order of cases and all noise", 0, 2**32 - 1)
     steps: int = arg(40_000, "optimizer updates", 1)
     batch: int = arg(64, "samples per optimizer step over all processes", 1)
     micro: int = arg(4, "samples per process at a time; the rest of the batch is accumulated", 1)
@@ -115,14 +116,13 @@ def low_net(cfg, dataset):
 def draw(keys, shape, device, seed):
     """Per sample, from a generator of the sample's own number: t ~ U[0,1], one more uniform number u, and noise eps.
     keys: (B,)   -> (B,), (B,), (B,*shape)"""
-    t, u, eps = [], [], []
+    tu, eps = [], []
     for k in keys.tolist():
-        g = torch.Generator(device).manual_seed((seed << 40) + k)
-        tu = torch.rand(2, generator=g, device=device)
-        t.append(tu[0])
-        u.append(tu[1])
+        g = torch.Generator(device).manual_seed(mixed(seed, k))
+        tu.append(torch.rand(2, generator=g, device=device))
         eps.append(torch.randn(shape, generator=g, device=device))
-    return torch.stack(t), torch.stack(u), torch.stack(eps)
+    t, u = torch.stack(tu).unbind(1)
+    return t, u, torch.stack(eps)
 
 
 def low_loss(cfg, net, batch):

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from data import CHANNELS, SCALE, encode
 from diffusion import alpha_bar, q_sample
+from support.seeds import mixed
 
 WINDOWS = (-1024, -780), (-160, 240)     # HU, where air differs from lung, and fluid from muscle
 EMPTY = -930                             # HU below which a lung is no lung any more; the paper's measure is -950
@@ -44,7 +45,7 @@ def draw_given(keys, shape, device, seed):
     and for `misplace`, (B,3,n,n,n)."""
     v = []
     for k in keys.tolist():
-        g = torch.Generator(device).manual_seed((seed << 40) + k)
+        g = torch.Generator(device).manual_seed(mixed(seed, k))
         torch.rand(2, generator=g, device=device)                        # what `draw` took
         torch.randn(shape, generator=g, device=device)
         v.append(torch.rand(len(CHANNELS) + 3 * PLACES**3, generator=g, device=device))

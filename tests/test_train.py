@@ -63,6 +63,16 @@ def sr(phantoms, out, *more):
     train_sr.main([*TINY, *CROP, "--data", str(phantoms), "--out", str(out), *map(str, more)])
 
 
+def test_seed_and_sample_each_change_the_noise():
+    def drawn(seed, k):
+        return torch.cat([x.flatten() for x in train_low.draw(torch.tensor([k]), (1, 2, 2, 2), "cpu", seed)])
+
+    numbers = [(seed, k) for seed in (0, 1, 2, 2**31) for k in (0, 1, 2, 2_560_000)]
+    assert len({tuple(drawn(*n).tolist()) for n in numbers}) == len(numbers)
+    both, alone = train_low.draw(torch.tensor([7, 8]), (1, 2, 2, 2), "cpu", 3), drawn(3, 8)
+    assert torch.equal(torch.cat([x[1:].flatten() for x in both]), alone) # whoever is beside it
+
+
 @pytest.mark.parametrize("spoil", [lambda b: b.replace(b",", b";"), lambda b: b.replace(b"\n", b",,\n"),
                                    lambda b: b"\xff\xfe" + b.decode().encode("utf-16-le"), lambda b: b[:-9] + b"\n"])
 def test_a_log_that_a_spreadsheet_saved_is_set_aside(tmp_path, capsys, spoil):
@@ -302,7 +312,7 @@ def test_the_paper_preset_is_the_papers():
 
 @pytest.mark.parametrize("args, words", [
     (["--batch", "3"], "multiple"), (["--lr", "nan"], "--lr nan"), (["--preset", "huge"], "presets are paper, demo"),
-    (["--steps", "0"], "--steps 0"), (["--seed", 2**23], "--seed 8388608"), (["--ema", "1.5"], "at most 1"),
+    (["--steps", "0"], "--steps 0"), (["--seed", 2**32], "--seed 4294967296"), (["--ema", "1.5"], "at most 1"),
     (["--clip", "0"], "--clip 0"), (["--holdout", "-1"], "--holdout -1"), (["--ema-start", "-1"], "--ema-start -1"),
     (["--checkpointing", "all"], "none, norms or blocks"), (["--device", "tpu"], "cuda or cpu"),
     (["--levels", 5], "multiple of 64, or lower --levels"),              # 8^3, halved four times

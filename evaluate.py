@@ -562,6 +562,10 @@ def main(argv=None):
             raise ValueError(f"{len(args.folders)} folders; dice takes a reference and one or two segmentations; "
                              "name them")
 
+        if args.command in UNITS and args.expect and len(args.folders) != 2:
+            raise ValueError(f"--expect with {len(args.folders)} folder(s); a t-test is of two; name two, "
+                             "or leave it out")
+
         rows = args.run(args)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

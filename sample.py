@@ -243,8 +243,6 @@ def main(argv=None):
             raise ValueError(f"--samples {args.samples}; at least 1 is needed; change it")
         if args.slab < 0:
             raise ValueError(f"--slab {args.slab}; a number of slices is needed; 16 is usual")
-        if not 0 <= args.seed < 2**32:
-            raise ValueError(f"--seed {args.seed}; 0 to 2^32 - 1, all that a generator keeps; choose another")
         sample(args)
 
 

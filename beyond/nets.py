@@ -119,7 +119,8 @@ class Sharp(Extended):
     smooth tissue is not, whose noise would come with it. The head knows the time. D, of a Block of `fine` channels on
     voxels that sees [xt, F, log s, features], mends the average.
 
-    fine: width of that Block, 0 for none   std: s of each channel to begin with, `statistics`
+    sharp: always True; among the arguments in a file of weights it tells this form from Extended   fine: width of that
+    Block, 0 for none   std: s of each channel to begin with, `statistics`
     """
 
     def __init__(self, dim, sharp=True, fine=0, std=(0.2,) * 4, **args):
@@ -148,11 +149,11 @@ class Sharp(Extended):
             D = self.detail(self.fine(self.join(lay_out(xt), x), temb))
         return self.average(xt[:, -n:], t, x[:, :n], x[:, n:2 * n], D)
 
-    def average(self, xt, t, F, away, D=None):
-        """-> x0_hat, in float32.   away: log s less what it was to begin with   all: (B,4,D,H,W)"""
+    def average(self, xt, t, F, log_s, D=None):
+        """-> x0_hat, in float32.   log_s: less what it was to begin with   all: (B,4,D,H,W)"""
         abar = alpha_bar(t)
         begin = 2 * xt.new_tensor(self.args["std"], dtype=torch.float32).log().reshape(1, -1, 1, 1, 1)
-        w = (2 * away.float().clamp(-5, 5) + begin + torch.logit(abar)).sigmoid()
+        w = (2 * log_s.float().clamp(-5, 5) + begin + torch.logit(abar)).sigmoid()
         x0_hat = torch.lerp(F.float(), xt.float() / abar.sqrt(), w)
         return x0_hat if D is None else x0_hat + (w * ((1 - abar) / abar)).sqrt() * D
 

@@ -6,6 +6,10 @@ from pathlib import Path
 def names_of(texts, samples, seed):
     """Every sample has a folder and a seed of its own, counted up over texts and samples.   texts: list of (name, text)
     -> list of (name, text, seed)"""
+    last = seed + len(texts) * samples - 1
+    if not 0 <= seed <= last < 2**32:
+        raise ValueError(f"--seed {seed}: seeds {seed} to {last}; a generator keeps those from 0 to {2**32 - 1}; "
+                         "choose another")
     names = [(f"{name}_{i:02d}" if samples > 1 else name, text, seed + j * samples + i)
              for j, (name, text) in enumerate(texts) for i in range(samples)]
     if len({name for name, _, _ in names}) < len(names):

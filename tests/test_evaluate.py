@@ -392,6 +392,7 @@ def odd(tmp_path, monkeypatch):
     ("effusion a --segment totalseg", "TotalSegmentator"),
     ("ctr a", "no heart.nii.gz"),
     ("airway none", "no such folder"),
+    ("airway a --expect less", "a t-test is of two"),
     ("airway b --csv x --figure x", "two files are written"),
     ("dice a", "one or two segmentations"),
     ("fid a a", "at least 4"),

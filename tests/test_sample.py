@@ -418,7 +418,8 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, bad, fail
     wrong = [
         (["--guidance", "nan"], "--guidance nan"), (["--low-steps", "0"], "--low-steps 0"),
         (["--sr-steps", "1001"], "--sr-steps 1001; 1 to 1000"),
-        (["--seed", "-1"], "--seed"), (["--guidance-interval", "0.8", "0.2"], "FROM <= TO"),
+        (["--seed", "-1"], "--seed"), (["--seed", 2**32 - 1, "--samples", 2], "4294967296"),
+        (["--guidance-interval", "0.8", "0.2"], "FROM <= TO"),
         (["--slab", "-2"], "--slab"), (["--samples", "0"], "--samples"), (["--center", "nan", 0, 0], "three finite"),
         (["--device", "cpu:x"], "--device cpu:x"), (["--solver", "euler"], "euler"),
         (["--low-step", "3"], "--low-step 3"), (["--prom", "a"], "--prom"), (["--low-steps", "two"], "two"),

@@ -70,7 +70,7 @@ def test_seed_and_sample_each_change_the_noise():
     numbers = [(seed, k) for seed in (0, 1, 2, 2**31) for k in (0, 1, 2, 2_560_000)]
     assert len({tuple(drawn(*n).tolist()) for n in numbers}) == len(numbers)
     both, alone = train_low.draw(torch.tensor([7, 8]), (1, 2, 2, 2), "cpu", 3), drawn(3, 8)
-    assert torch.equal(torch.cat([x[1:].flatten() for x in both]), alone) # whoever is beside it
+    assert torch.equal(torch.cat([x[1:].flatten() for x in both]), alone)  # whoever is beside it
 
 
 @pytest.mark.parametrize("spoil", [lambda b: b.replace(b",", b";"), lambda b: b.replace(b"\n", b",,\n"),

@@ -74,6 +74,7 @@ def test_sampling_is_timed_with_both_solvers(monkeypatch, capsys):
     assert all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) for r in rows)
 
 
+@pytest.mark.slow
 def test_recomputation_holds_less():
     """Against float32 norms and nothing recomputed: a third, and a seventh."""
     none, norms, blocks = (growth.held_for_backward((16, 32, 32), how, dim=16, levels=2, **H)

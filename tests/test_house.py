@@ -44,6 +44,7 @@ def test_support_imports_nothing_of_the_method(path):
     assert imports(path) <= {"support"}
 
 
+@pytest.mark.slow
 def test_the_one_door_into_beyond_is_lazy():
     """support.weights.beyond, through which sample.py goes too."""
     files = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")]

@@ -83,6 +83,7 @@ def test_coarse_voxels_are_measured_nearly_as_well(seed):
 
 # --- reports ---
 
+@pytest.mark.slow
 def test_reports_say_what_is_there_in_words_of_their_set():
     for wording in phantom.SENTENCES:
         for seed in range(4):

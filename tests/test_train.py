@@ -383,6 +383,7 @@ def test_options_are_written_with_hyphens_or_underscores():
 
 # --- how the weights want to be sampled ---
 
+@pytest.mark.slow
 def test_each_stage_writes_pictures_and_how_its_weights_want_to_be_sampled(phantoms, tmp_path):
     for train, kind in ((low, "low"), (sr, "sr")):
         train(phantoms, tmp_path / kind, "--steps", 1, "--holdout", 1)

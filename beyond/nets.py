@@ -204,15 +204,26 @@ def sharpened(state, net):
     return new | {name: value for name, value in begun.items() if name.startswith("fine.")}
 
 
+def begun_at(net, state, before):
+    """The weights of a Sharp network, rewritten so that it makes the same where s begins at that of `net`, not at `before`:
+    other cases have others."""
+    bias, cube = state["out.bias"].clone(), net.patch**3
+    more = (torch.tensor(before) / torch.tensor(net.args["std"])).log().repeat_interleave(cube)
+    bias[len(more):2 * len(more)] += more                                # its rows: F, log s, features
+    return state | {"out.bias": bias}
+
+
 def begin_from(path, kind, net):
     """--init from weights of the same network, of one without pooled text, or of one on voxels for one on cubes.
     -> names of what was not there: of text pooling, or nothing"""
-    state, args = read_init(path, kind, net, free=("pooled",))
+    state, args = read_init(path, kind, net, free=("pooled", "std"))
     try:
         if net.patch > args.get("patch", 1):
             state = folded(state, net)
         if net.args.get("sharp") and not args.get("sharp"):
             state = sharpened(state, net)
+        elif net.args.get("sharp"):
+            state = begun_at(net, state, args["std"])
         new, excess = net.load_state_dict(state, strict=False)
     except (KeyError, RuntimeError) as e:                                # lacks what is folded, or has other shapes
         raise ValueError(f"--init {path}: the weights do not fit the network that it describes ({str(e)[:200]}); "

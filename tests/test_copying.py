@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import beyond.train_low
 import copying
-from beyond.nets import Extended, Sharp, sharpened, statistics, to_depth, to_space
+from beyond.nets import Extended, Sharp, begun_at, sharpened, statistics, to_depth, to_space
 from data import CHANNELS, cases, encode
 from diffusion import alpha_bar, loss, q_sample
 from support.slabs import by_slabs
@@ -92,6 +92,14 @@ def test_begun_from_cubes_it_makes_of_noise_what_they_made_and_copies_at_once(vo
         xt = q_sample(volumes[:1], t, noise)
         before, after = ((m(xt, t) - volumes[:1]).square().mean() for m in (old, net))
         assert after < 0.05 * before
+
+
+def test_begun_from_another_of_its_form_trained_on_other_cases_it_makes_the_same(volumes):
+    old, new = sharp(volumes, 8), sharp(0.5 * volumes, 8)
+    new.load_state_dict(begun_at(new, old.state_dict(), old.args["std"]))
+    with torch.no_grad():
+        t = torch.tensor([0.1])
+        assert old.args["std"] != new.args["std"] and error(old(volumes[:1], t), new(volumes[:1], t)) < 1e-5
 
 
 @pytest.mark.slow

@@ -126,7 +126,8 @@ class Sharp(Extended):
     def __init__(self, dim, sharp=True, fine=0, std=(0.2,) * 4, **args):
         super().__init__(dim, **args)
         cin, cout, cube, wide = self.args["in_channels"], self.args["out_channels"], self.patch**3, self.out.in_features
-        self.args |= dict(sharp=sharp, fine=fine, std=list(std))
+        self.args |= dict(sharp=sharp, fine=fine)
+        self.register_buffer("std", torch.tensor(std))                   # weights carry it along
         self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
         self.out = Pointwise(wide, (2 * cout + fine) * cube)
         if fine:
@@ -152,7 +153,7 @@ class Sharp(Extended):
     def average(self, xt, t, F, log_s, D=None):
         """-> x0_hat, in float32.   log_s: less what it was to begin with   all: (B,4,D,H,W)"""
         abar = alpha_bar(t)
-        begin = 2 * xt.new_tensor(self.args["std"], dtype=torch.float32).log().reshape(1, -1, 1, 1, 1)
+        begin = 2 * self.std.float().log().reshape(1, -1, 1, 1, 1)
         w = (2 * log_s.float().clamp(-5, 5) + begin + torch.logit(abar)).sigmoid()
         x0_hat = torch.lerp(F.float(), xt.float() / abar.sqrt(), w)
         return x0_hat if D is None else x0_hat + (w * ((1 - abar) / abar)).sqrt() * D
@@ -201,29 +202,18 @@ def sharpened(state, net):
     for name in begun:
         if name.startswith(("head.time", "detail")):
             new[name] = torch.zeros_like(begun[name])
-    return new | {name: value for name, value in begun.items() if name.startswith("fine.")}
-
-
-def begun_at(net, state, before):
-    """The weights of a Sharp network, rewritten so that it makes the same where s begins at that of `net`, not at `before`:
-    other cases have others."""
-    bias, cube = state["out.bias"].clone(), net.patch**3
-    more = (torch.tensor(before) / torch.tensor(net.args["std"])).log().repeat_interleave(cube)
-    bias[len(more):2 * len(more)] += more                                # its rows: F, log s, features
-    return state | {"out.bias": bias}
+    return new | {name: value for name, value in begun.items() if name == "std" or name.startswith("fine.")}
 
 
 def begin_from(path, kind, net):
     """--init from weights of the same network, of one without pooled text, or of one on voxels for one on cubes.
     -> names of what was not there: of text pooling, or nothing"""
-    state, args = read_init(path, kind, net, free=("pooled", "std"))
+    state, args = read_init(path, kind, net, free=("pooled",))
     try:
         if net.patch > args.get("patch", 1):
             state = folded(state, net)
         if net.args.get("sharp") and not args.get("sharp"):
             state = sharpened(state, net)
-        elif net.args.get("sharp"):
-            state = begun_at(net, state, args["std"])
         new, excess = net.load_state_dict(state, strict=False)
     except (KeyError, RuntimeError) as e:                                # lacks what is folded, or has other shapes
         raise ValueError(f"--init {path}: the weights do not fit the network that it describes ({str(e)[:200]}); "

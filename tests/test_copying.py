@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import beyond.train_low
 import copying
-from beyond.nets import Extended, Sharp, begun_at, sharpened, statistics, to_depth, to_space
+from beyond.nets import Extended, Sharp, sharpened, statistics, to_depth, to_space
 from data import CHANNELS, cases, encode
 from diffusion import alpha_bar, loss, q_sample
 from support.slabs import by_slabs
@@ -94,14 +94,6 @@ def test_begun_from_cubes_it_makes_of_noise_what_they_made_and_copies_at_once(vo
         assert after < 0.05 * before
 
 
-def test_begun_from_another_of_its_form_trained_on_other_cases_it_makes_the_same(volumes):
-    old, new = sharp(volumes, 8), sharp(0.5 * volumes, 8)
-    new.load_state_dict(begun_at(new, old.state_dict(), old.args["std"]))
-    with torch.no_grad():
-        t = torch.tensor([0.1])
-        assert old.args["std"] != new.args["std"] and error(old(volumes[:1], t), new(volumes[:1], t)) < 1e-5
-
-
 @pytest.mark.slow
 def test_it_trains_resumes_to_the_bit_and_loads(phantoms, tmp_path, fails):
     finer = tmp_path / "finer"                           # low-resolution volumes of 16^3
@@ -115,7 +107,15 @@ def test_it_trains_resumes_to_the_bit_and_loads(phantoms, tmp_path, fails):
     whole, parts = (torch.load(tmp_path / out / "low/last.pt", weights_only=True) for out in ("whole", "parts"))
     assert all(torch.equal(whole["ema"][k], parts["ema"][k]) for k in whole["ema"])
     net, about = load_stages(tmp_path / "whole", UNet3D)["low"]
-    assert isinstance(net, Sharp) and about["args"]["fine"] == 8 and len(about["args"]["std"]) == 4
+    assert isinstance(net, Sharp) and about["args"]["fine"] == 8 and not torch.equal(net.std, torch.full((4,), 0.2))
+    weights, halved = tmp_path / "whole/low/low.safetensors", tmp_path / "halved"        # cases of another std
+    for case in cases(finer):
+        shutil.copytree(case, halved / case.name)
+        np.save(halved / case.name / "low.npy", np.load(case / "low.npy") / 2)
+    for _ in range(2):                                   # begun, and gone on with
+        beyond.train_low.main([*run, "--data", str(halved), "--init", str(weights), "--out", str(tmp_path / "on/low"),
+                               "--steps", "1"])
+    assert torch.equal(load_stages(tmp_path / "on", UNet3D)["low"][0].std, net.std)
     for options, way in ((["--sharp"], "--patch 2"), (["--fine", 8], "--sharp")):
         code, err = fails(beyond.train_low.main, *TINY, "--data", finer, *options, "--out", tmp_path / "no")
         assert code == 2 and way in err

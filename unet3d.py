@@ -11,8 +11,9 @@ One volume's way through G, whose widths are w = 160, 320, 640, 1280; depth D is
                          |____________________________________________________________________________|
 
 Layers from support/fast.py are torch's own, written for speed: SliceConv is Conv3d with kernel (1,k,k), SliceUp its
-transpose, Pointwise Conv3d with (1,1,1), Stem Conv3d, side_by_side torch.cat along channels, lay_out a cast and copy;
-norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift), attention is scaled dot-product.
+transpose, Pointwise Conv3d with (1,1,1), Last the same in float32, Stem Conv3d, side_by_side torch.cat along channels,
+lay_out a cast and copy; norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift), attention is
+scaled dot-product.
 """
 import math
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.fast import (
+    Last,
     Pointwise,
     SliceConv,
     SliceUp,
@@ -173,7 +175,7 @@ class UNet3D(nn.Module):
         self.last = Block(w[-1], w[-1], T)
         self.ups = nn.ModuleList(Up(2 * w[i + 1], w[i], T, i == 0) for i in reversed(range(levels)))
         self.head = Block(2 * dim, dim, 0)
-        self.out = Pointwise(dim, out_channels)
+        self.out = Last(dim, out_channels)
         lay_out_weights(self)
 
     def forward(self, xt, t, context=None, drop=None):
@@ -187,7 +189,7 @@ class UNet3D(nn.Module):
         x = self.join(self.body(stem, temb, context), stem)              # (B,2w,D,H,W)
         del stem                                                         # its memory is wanted, 1.9 GB at 256^3
         x = self.head(x, temb)                                           # and the head ends with a 1x1x1 convolution
-        return self.out(x).float()
+        return self.out(x)
 
     def text(self, context, drop, B):
         """What the bottom attends to: the text, the learned null text instead (released code), or nothing (H).

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffusion import alpha_bar
-from support.fast import Pointwise, attention, lay_out, lay_out_weights
+from support.fast import Last, Pointwise, attention, lay_out, lay_out_weights
 from support.weights import read_init
 from unet3d import HEAD_DIM, Block, UNet3D
 
@@ -70,7 +70,7 @@ class Extended(UNet3D):
             wide = dim * max(1, math.ceil(cout * cube / dim))
             self.squeeze = Pointwise(cin * cube, cin)
             self.head = Block(2 * dim + cin * cube, wide, 0)
-            self.out = Pointwise(wide, cout * cube)
+            self.out = Last(wide, cout * cube)
             lay_out_weights(self)
         if pooled or patch > 1:
             self._modules = {name: self._modules[name] for name in PARTS if name in self._modules}
@@ -103,7 +103,7 @@ class Extended(UNet3D):
         del stem
         x = self.head(x, temb)
         x = self.out(x)                                                  # one name: what it stood for is freed
-        return to_space(x, self.patch).float()
+        return to_space(x, self.patch)
 
 
 class Sharp(Extended):
@@ -129,10 +129,10 @@ class Sharp(Extended):
         self.args |= dict(sharp=sharp, fine=fine)
         self.register_buffer("std", torch.tensor(std))                   # weights carry it along
         self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
-        self.out = Pointwise(wide, (2 * cout + fine) * cube)
+        self.out = Last(wide, (2 * cout + fine) * cube)
         if fine:
             self.fine = Block(cin + 2 * cout + fine, fine, 4 * dim, volume=True)
-            self.detail = Pointwise(fine, cout)
+            self.detail = Last(fine, cout)
         lay_out_weights(self)
 
     def forward(self, xt, t, context=None, drop=None):

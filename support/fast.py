@@ -44,6 +44,16 @@ class Pointwise(nn.Linear):
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1]).movedim(-1, 1)
 
 
+class Last(Pointwise):
+    """Pointwise in float32, whatever autocast says: bfloat16 would round HU in steps of 3 to 6. Some slices at a time,
+    for no copy of a whole volume.   (B,C,D,H,W) -> (B,C',D,H,W) float32"""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            parts = (super(Last, self).forward(part.to(self.weight.dtype)) for part in x.split(16, dim=2))
+            return torch.cat(list(parts), dim=2)
+
+
 class Stem(nn.Conv3d):
     """Conv3d, kernel (k,k,k), on few channels.   (B,C,D,H,W) -> (B,C',D,H,W)
 
@@ -197,7 +207,7 @@ def place(net, device, amp):
     what autocast would do."""
     net.to(device).eval()
     torch.backends.cudnn.benchmark = True                # one shape, many steps: the search for the fastest pays
-    if amp:
-        for p in net.parameters():
-            if p.dim() > 1:
-                p.data = p.data.bfloat16()
+    kept = {id(p) for module in net.modules() if isinstance(module, Last) for p in module.parameters()}
+    for p in net.parameters() if amp else ():
+        if p.dim() > 1 and id(p) not in kept:
+            p.data = p.data.bfloat16()

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import golden
-from support.fast import Stem, compile_blocks, native_norm, recompute, split_norm
+from data import HU, decode, encode
+from support.fast import Stem, compile_blocks, native_norm, place, recompute, split_norm
 from support.released import from_released, rename
 from support.slabs import by_slabs
 from unet3d import Block, Round, UNet3D
@@ -42,6 +43,25 @@ def test_loss_and_every_gradient_norm_are_the_originals(how):
     assert len(theirs) == 371
     for name, norm in theirs.items():
         assert abs(ours.get(name, torch.zeros(())) - norm) < 1e-4 * max(1, norm), name
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_with_bfloat16_a_ramp_keeps_steps_of_one_hu(placed):
+    """The last layer adds what it is given, coarse and fine, which bfloat16 can hold each; their sum it cannot."""
+    hu = torch.arange(*HU)
+    ramp = torch.from_numpy(encode("ct", hu))
+    coarse = (ramp * 32).round() / 32
+    net = small()
+    if placed:
+        place(net, "cpu", amp=True)
+    with torch.no_grad():
+        net.out.weight[0] = torch.tensor([1.0, 1.0, *[0.0] * 6])
+        net.out.bias[0] = 0
+        with torch.autocast("cpu", torch.bfloat16):
+            h = torch.stack([coarse, ramp - coarse, *torch.zeros(6, len(ramp))]).reshape(1, 8, 1, 1, -1).bfloat16()
+            made = net.out(h)[0, 0].flatten()
+            assert made.dtype == net(torch.zeros(1, 8, 8, 8, 8), torch.ones(1)).dtype == torch.float32
+    assert (decode("ct", made) == hu.numpy()).all()
 
 
 def small():

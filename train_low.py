@@ -9,7 +9,6 @@ algorithms). Every random number of a step belongs to the number of its sample, 
 processes train the same network (up to the rounding of sums).
 """
 import contextlib
-import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -164,11 +163,10 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
         del state                                                        # 11 GB at the paper's size
 
     # speed and memory: compiled Blocks, recomputation (support/fast.py), several GPUs
-    if cfg.compile:
-        compile_blocks(net, Block)
-    if not (cfg.compile and cfg.checkpointing == "norms"):               # a compiled Block recomputes its norms unasked
-        recompute(net, cfg.checkpointing, Block, (Round,))
     model = net
+    compiled = cfg.compile and compile_blocks(net, Block)
+    if not (compiled and cfg.checkpointing == "norms"):                  # a compiled Block recomputes its norms unasked
+        recompute(net, cfg.checkpointing, Block, (Round,))
     if world > 1:
         model = DistributedDataParallel(net, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
@@ -177,7 +175,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
     first, stride = step * cfg.batch + rank * cfg.micro, cfg.micro * world
     numbers = [range(k, k + cfg.micro) for k in range(first, cfg.steps * cfg.batch, stride)]
     batches = iter(DataLoader(dataset, batch_sampler=numbers, num_workers=cfg.workers,
-                              pin_memory=device.type == "cuda", worker_init_fn=runs.ignore_signals))
+                              pin_memory=device.type == "cuda", worker_init_fn=runs.begin_worker))
 
     def backward(batch, scale):
         keys, *tensors = batch                           # keys stay on the CPU: to read them from a GPU would stall it
@@ -190,7 +188,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
         backward(default_collate([dataset[rank]] * cfg.micro), 0.0)
         opt.zero_grad()                                  # round otherwise: now, so that a resumed run adds alike
 
-    log, began, smooth, last = runs.Log(out / "loss.csv"), time.time(), None, step >= cfg.steps
+    log, smooth, last = runs.Log(out / "loss.csv", rank), None, step >= cfg.steps
     bar = tqdm(total=cfg.steps, initial=step, desc=f"train {cfg.kind}", disable=rank > 0, mininterval=2)
     weights = out / f"{cfg.kind}.safetensors"
     if last and rank == 0:                               # a run that was killed before its last export
@@ -217,9 +215,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
             average(ema, net, 1.0 if step < cfg.ema_start else 1 - cfg.ema)
 
         # the loss over all processes; they stop after the same step, or none does
-        agreed = torch.stack([value / world, torch.tensor(float(len(asked)), device=device)])
-        if world > 1:
-            dist.all_reduce(agreed)
+        agreed = runs.add_up(torch.stack([value / world, torch.tensor(float(len(asked)), device=device)]))
         value, last = agreed[0].item(), step == cfg.steps or agreed[1].item() > 0
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
 
@@ -228,20 +224,20 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         shown = held_out is not None and (step % cfg.show_every == 0 or step == cfg.steps)
         saving = step % cfg.save_every == 0 or last
-        if rank == 0 and (step % cfg.log_every == 0 or shown):
-            val = f"{validate(cfg, ema, held_out, loss_fn, device):.6f}" if shown else ""
-            log.add(step, f"{value:.6f}", val, f"{norm.item():.4f}", f"{time.time() - began:.1f}")
+        if step % cfg.log_every == 0 or shown:
+            log.add(step, value, norm.item())
         if saving and cfg.zero and world > 1:
             runs.gather_shares(opt, rank, world)
         if rank == 0 and saving:                         # the checkpoint last: a run killed before it redoes the rest
             export(weights, cfg, ema, dataset.grid, step, len(dataset))
-            log.write(step)
+            log.write()
             state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
             runs.save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), **trained_on, **state))
+        if shown:                                        # after the checkpoint: a held-out set may be large
+            log.validated(validate(cfg, ema, held_out, loss_fn, machine))
         if rank == 0 and shown:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
-                volumes, titles = samples_fn(cfg, ema, held_out, device)
-            picture(out / f"samples_{step:06d}.png", volumes, titles, f"step {step}", FOV)
+                picture(out / f"samples_{step:06d}.png", *samples_fn(cfg, ema, held_out, device), f"step {step}", FOV)
 
     bar.close()
     if rank == 0:
@@ -264,15 +260,16 @@ def average(ema, net, weight):
 
 
 @torch.no_grad()
-def validate(cfg, net, dataset, loss_fn, device):
-    """Eq. 9 or 10, the mean over the held-out cases at 4 fixed draws of t and noise each, for the averaged weights.
-    `cfg.validated` sets options of the loss, so that runs compare that differ in them.   -> float"""
-    cfg, total = replace(cfg, **cfg.validated), 0.0
-    for item in range(4 * len(dataset)):
+def validate(cfg, net, dataset, loss_fn, machine):
+    """Eq. 9 or 10 with the averaged weights, the mean over the held-out cases, 4 fixed draws of t and noise each; every
+    process takes its share. `cfg.validated` sets options of the loss, so that runs compare that differ in them."""
+    cfg, (device, rank, world) = replace(cfg, **cfg.validated), machine
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    for item in range(rank, 4 * len(dataset), world):
         batch = [torch.as_tensor(x)[None].to(device) for x in dataset[item]]
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
-            total += loss_fn(cfg, net, batch).item()
-    return total / (4 * len(dataset))
+            total += loss_fn(cfg, net, batch)
+    return runs.add_up(total).item() / (4 * len(dataset))
 
 
 def run(cfg, make_data, make_net, loss_fn, samples_fn):
@@ -287,6 +284,7 @@ def run(cfg, make_data, make_net, loss_fn, samples_fn):
         with runs.alone(Path(cfg.out), machine.rank) as asked:
             train(cfg, make_net(cfg, dataset), dataset, held_out, loss_fn, samples_fn, machine, asked)
     finally:
+        runs.end_workers()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from beyond.nets import Extended, Sharp, begin_from, statistics
 from data import CHANNELS
 from support.cli import exits
 from support.options import arg, parse
-from support.runs import ignore_signals, is_new
+from support.runs import begin_worker, is_new
 from train_low import draw, low_data, low_samples, run
 
 
@@ -98,7 +98,7 @@ def warm_up(cfg, pool, dataset, batch=64, edge=8):
     mean, spread = seen.mean(0), seen.std(0).clamp(min=0.01)
 
     batches = DataLoader(dataset, batch, sampler=range(batch * cfg.warm_up), num_workers=cfg.workers,
-                         worker_init_fn=ignore_signals)
+                         worker_init_fn=begin_worker)
     quiet = int(os.environ.get("RANK", 0)) > 0
     for _, x0, text in tqdm(batches, desc="warm up text", leave=False, mininterval=2, disable=quiet):
         value = (see(F.silu(pool(text))) - (small(x0) - mean) / spread).square().mean()

@@ -2,8 +2,11 @@
 import argparse
 import contextlib
 import ctypes
+import os
 import re
 import sys
+import tempfile
+import traceback
 
 import torch
 from tqdm import tqdm
@@ -15,6 +18,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
         super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\.?\d")           # Python 3.14's own; before, -12. is an option
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -25,30 +29,71 @@ class Parser(argparse.ArgumentParser):
 
 
 def hyphens(argument):
-    """--low_steps=2 -> --low-steps=2; values stay, those that hold options of another program too."""
-    option = re.fullmatch(r"(--[\w-]+)(=.*)?", argument, re.DOTALL)
-    return option[1].replace("_", "-") + (option[2] or "") if option else argument
+    """--low_steps=2 -> --low-steps=2; values stay, those that hold options of another program too, but ~/ in
+    --out=~/samples, which a shell leaves alone."""
+    option = re.fullmatch(r"(--[\w-]+)(?:=(.*))?", argument, re.DOTALL)
+    if not option:
+        return argument
+    name, value = option[1].replace("_", "-"), option[2]
+    if value is None:
+        return name
+    return f"{name}={os.path.expanduser(value) if value.startswith('~/') else value}"
+
+
+USAGE = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
+FAILURE = (RuntimeError, OSError, MemoryError)                           # of mid-run; all others are defects of ours
 
 
 @contextlib.contextmanager
 def exits():
     """What every command line shares: wrong input is one line and exit code 2, a failure in mid-run is one line and 1,
-    Ctrl-C one line and 130."""
+    Ctrl-C one line and 130. The traceback of a defect goes to a file that its line names."""
+    speak_everywhere()
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError,
-            PermissionError) as e:
-        code = 2
-        tqdm.write("error: " + " ".join(str(e).split()), file=sys.stderr)        # on a line of its own, bar or not
     except KeyboardInterrupt:
         code = 130
-        tqdm.write("stopped; what was finished is kept", file=sys.stderr)
-    except (RuntimeError, OSError, MemoryError) as e:
-        code = 1
-        tqdm.write(f"error: {type(e).__name__}: " + " ".join(str(e).split()), file=sys.stderr)
+        say("stopped; what was finished is kept")
+    except Exception as e:
+        code = 2 if isinstance(e, USAGE) and not isinstance(e, UnicodeError) else 1
+        say("error: " + sentence(e))
     else:
         return
     raise SystemExit(code)
+
+
+def sentence(e):
+    """An exception in one line."""
+    words = re.sub(r"(?s)^Caught \w+ in DataLoader worker process.*\n\w*(Error|Exception): ", "", str(e))
+    words = " ".join(words.split())                      # a loader worker's error brings its traceback as text
+    if isinstance(e, USAGE) and not isinstance(e, UnicodeError):
+        return words
+    if isinstance(e, ImportError):
+        return f"{type(e).__name__}: {words}; a package is missing or broken; pip install -r requirements.txt"
+    if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"{type(e).__name__}: {words[:300]}; the compiler is half installed or too old; pass --no-compile"
+    if isinstance(e, FAILURE):
+        return f"{type(e).__name__}: {words}"
+    with tempfile.NamedTemporaryFile("w", prefix="medsyn_", suffix=".txt", delete=False, errors="replace") as f:
+        traceback.print_exception(e, file=f)
+    return (f"{type(e).__name__}: {words[:300]}; this is a defect of the program, not of your input; please report it "
+            f"with {f.name}")
+
+
+def say(line):
+    """A line on stderr, on its own, bar or not."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def speak_everywhere():
+    """Streams that take what is written: signs that a terminal cannot show are replaced, and a closed stream (2>&-)
+    takes all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def choose_device(name):

@@ -4,6 +4,9 @@ Tensors are (B,C,D,H,W) kept in channels-last memory, where a (1,3,3) convolutio
 1x1x1 convolution is a matrix product, both without copying. benchmarks/reference.py is the same network by plain
 layers.
 """
+import os
+import shutil
+import sys
 from functools import partial
 
 import torch
@@ -192,7 +195,11 @@ def recompute(net, how, blocks, others=()):
 
 def compile_blocks(net, blocks):
     """Compile every Block by itself: like Blocks share their code, so this takes a minute where the whole network would
-    take many.   blocks: their class"""
+    take many.   blocks: their class   -> whether there is a compiler for it; without one the network works as it is"""
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), os.environ.get("CXX", "c++"), "gcc", "g++", "clang"))):
+        print("warning: no C compiler (cc, gcc or clang) for --compile; works without; install one for the speed",
+              file=sys.stderr)
+        return False
     torch._dynamo.config.recompile_limit = 128                           # one version for each shape; the default is 8
     torch._dynamo.config.accumulated_recompile_limit = 1024
     torch._dynamo.config.optimize_ddp = False                         # would cut Blocks at the borders of DDP's buckets
@@ -200,6 +207,7 @@ def compile_blocks(net, blocks):
     for module in net.modules():
         if isinstance(module, blocks):
             module.forward = torch.compile(module.forward, dynamic=False)
+    return True
 
 
 def place(net, device, amp):

@@ -1,18 +1,19 @@
 """A training run: its processes; the run folder's lock, checkpoints and log."""
 import contextlib
-import csv
 import fcntl
-import io
 import itertools
+import multiprocessing
 import os
 import pickle
 import re
 import signal
 import sys
+import time
 import zipfile
 from collections import namedtuple
 from dataclasses import asdict
 from datetime import timedelta
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -61,6 +62,9 @@ def alone(out, rank):
         except BlockingIOError:
             raise ValueError(f"{out}: another training writes here; one run a folder; "
                              "wait for it or choose another --out") from None
+        except OSError as e:                                             # Lustre, NFS and FUSE without locks
+            print(f"warning: {out}: its disk knows no locks ({e}); begin no second training in this folder",
+                  file=sys.stderr)
         before = {s: signal.signal(s, lambda number, _: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield asked
@@ -69,10 +73,31 @@ def alone(out, rank):
                 signal.signal(s, handler)
 
 
-def ignore_signals(_):
-    """For loader workers: when to stop is the training process's to decide."""
+def begin_worker(_):
+    """For loader workers: when to stop is the training process's to decide, and a batch that cannot be handed over, as
+    with a small /dev/shm, ends the worker; its parent would wait for that batch for ever."""
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = staticmethod(end_worker)
+
+
+def end_worker(e, _):
+    print(f"error: a loader worker cannot hand over a batch: {e}; batches go through /dev/shm, which may be small; "
+          "enlarge it (docker run --shm-size) or pass --workers 0", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def end_workers():
+    """Loader workers ignore what asks them to end; left alone, they would keep a failed process waiting for ever."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def add_up(x):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 # --- checkpoints ---
@@ -83,8 +108,20 @@ def is_new(out):
 
 
 def load_checkpoint(cfg, trained_on):
-    """The newest readable checkpoint of a run, or None. ValueError if it belongs to another configuration, or was
-    `trained_on` other cases, another grid or another network."""
+    """The newest readable checkpoint of a run, or None; the same one in all processes. ValueError if it belongs to
+    another configuration, or was `trained_on` other cases, another grid or another network."""
+    state = newest_checkpoint(cfg, trained_on)
+    if dist.is_initialized():
+        seen = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, (state["step"], state.pop("sums")) if state else (0, None))
+        if any(found != seen[0] for found in seen):
+            raise ValueError(f"{cfg.out}: the processes read different checkpoints, of steps "
+                             f"{', '.join(str(step) for step, _ in seen)}; all go on from the same one; "
+                             "put the run folder on a disk that all share")
+    return state
+
+
+def newest_checkpoint(cfg, trained_on):
     out = Path(cfg.out)
     for path in (out / "last.pt", out / "previous.pt"):
         if not path.exists():
@@ -106,7 +143,7 @@ def load_checkpoint(cfg, trained_on):
 
 def read_checkpoint(path):
     with zipfile.ZipFile(path) as z:                                     # torch.load itself notices no bit rot
-        bad = z.testzip()
+        bad, sums = z.testzip(), [part.CRC for part in z.infolist()]
     if bad:
         raise ValueError(f"{bad} fails its check sum")
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -114,7 +151,7 @@ def read_checkpoint(path):
     whole = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
     if not whole or not state["opt"].get("param_groups"):
         raise ValueError("no checkpoint of these trainers")
-    return state
+    return state | dict(sums=sums)
 
 
 def check_configuration(path, state, cfg):
@@ -175,20 +212,30 @@ def restore(opt, state, device):
 class Log:
     """loss.csv: rows are gathered, and written with the checkpoint that they belong to."""
 
-    def __init__(self, path):
-        self.path, self.rows = path, io.StringIO()
+    def __init__(self, path, rank=0):
+        self.path, self.rank, self.began, self.rows, self.row = path, rank, time.time(), [], None
 
-    def add(self, *row):
-        csv.writer(self.rows).writerow(row)
+    def add(self, step, loss, norm):
+        self.row = [step, f"{loss:.6f}", "", f"{norm:.4f}", f"{time.time() - self.began:.1f}"]
+        self.rows.append(self.row)
 
-    def write(self, step):
-        """Lines beyond the step of the checkpoint, from a run that died after writing them, are dropped first."""
-        new = self.rows.getvalue().splitlines()
-        first = int(new[0].split(",")[0]) if new else step + 1
+    def validated(self, loss):
+        """The validation loss of the row that was added last, written or not."""
+        self.row[2] = f"{loss:.6f}"
+        if self.row not in self.rows:
+            self.rows.append(self.row)
+        self.write()
+
+    def write(self):
+        """Lines from the first new step on, of a run that died after writing them, are dropped."""
+        if self.rank > 0:
+            return
+        new = [",".join(map(str, row)) for row in self.rows]
+        first = self.rows[0][0] if new else float("inf")
         old = [line for line in self.written() if int(line.split(",")[0]) < first]
         lines = ["step,loss,validation,gradient_norm,seconds", *old, *new]
         write_atomic(self.path, ("\n".join(lines) + "\n").encode())
-        self.rows = io.StringIO()
+        self.rows = []
 
     def written(self):
         """Lines of before. A file that holds others than this program's, a spreadsheet's say, is set aside: a training

@@ -25,7 +25,7 @@ from support.options import parse
 from support.sampling import wanted
 from support.slabs import by_slabs
 from test_diffusion import flow_error, held_while_working, point
-from test_train import CROP, TINY, exported, same, torchrun, weights
+from test_train import ALONE, CROP, TINY, exported, same, torchrun, weights
 from unet3d import Block, UNet3D
 
 TINY_BEYOND = [*TINY, "--warm-up", "0", "--cool", "0"]
@@ -333,9 +333,9 @@ def test_late_draws_more_times_where_the_text_decides():
 
 
 def test_the_validation_loss_is_without_tricks(phantoms):
-    dataset, cpu = Cases(cases(phantoms)[:1], 0), torch.device("cpu")
+    dataset = Cases(cases(phantoms)[:1], 0)
     values = [train_low.validate(beyond.train_low.Config(amp=False, windows=w, given=g), lambda x, *_: x, dataset,
-                                 beyond.train_low.low_loss, cpu) for w, g in ((0, 0), (0.4, 0), (0, 1))]
+                                 beyond.train_low.low_loss, ALONE) for w, g in ((0, 0), (0.4, 0), (0, 1))]
     assert values[0] == values[1] == values[2]
 
 

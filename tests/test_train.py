@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import train_sr
 from data import Cases, cases
 from diffusion import ddim_sample, guided, q_sample, times
 from support import runs
+from support.cli import exits
 from support.options import parse
 from support.weights import read_own
 from train_sr import augment_low
@@ -31,6 +33,7 @@ CROP = ["--crop", "16,16,16"]
 TRICKY = {"--pooled": [], "--no-pooled": [], "--windows": [0.4], "--given": [0.5], "--patch": [2], "--late": [0.5],
           "--cool": [1], "--bullae": [3], "--warm-up": [9]}
 TRAINERS = [(train_low, "low"), (train_sr, "sr")]
+ALONE = runs.Machine(torch.device("cpu"), 0, 1)
 
 
 def weights(out):
@@ -49,10 +52,10 @@ def rows(out):
     return list(csv.DictReader(open(out / "loss.csv")))
 
 
-def torchrun(script, *args, n=2):
+def torchrun(script, *args, n=2, timeout=300):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *script, *args]
     return subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=timeout)
 
 
 def low(phantoms, out, *more):
@@ -78,17 +81,28 @@ def test_seed_and_sample_each_change_the_noise():
 def test_a_log_that_a_spreadsheet_saved_is_set_aside(tmp_path, capsys, spoil):
     log = runs.Log(tmp_path / "loss.csv")
     for step in (1, 2):
-        log.add(step, "0.5", "", "0.1", "1.0")
-    log.write(2)
+        log.add(step, 0.5, 0.1)
+    log.write()
     spoiled = spoil(log.path.read_bytes())
     log.path.write_bytes(spoiled)
     for n in (1, 2):                                     # and again, under another name
-        log.add(3, "0.4", "0.3", "0.1", "2.0")
-        log.write(3)
+        log.add(3, 0.4, 0.1)
+        log.write()
         assert (tmp_path / f"loss.unread{n}.csv").read_bytes() == spoiled
         assert [row["step"] for row in rows(tmp_path)] == ["3"]
         assert f"loss.unread{n}.csv" in capsys.readouterr().err
         log.path.write_bytes(spoiled)
+
+
+def test_the_validation_loss_comes_to_a_row_that_was_written_before(tmp_path):
+    log = runs.Log(tmp_path / "loss.csv")
+    for step in (1, 2):
+        log.add(step, 0.5, 0.1)
+    log.write()
+    log.validated(0.25)
+    log.add(3, 0.4, 0.1)
+    log.write()
+    assert [(row["step"], row["validation"]) for row in rows(tmp_path)] == [("1", ""), ("2", "0.250000"), ("3", "")]
 
 
 # --- it goes on where it stopped, whoever runs it ---
@@ -286,8 +300,75 @@ def test_the_low_resolution_input_is_as_noisy_as_asked():
 def test_validation_has_the_same_noise_on_the_low_resolution_volume_whatever_training_has(phantoms):
     crops = Cases(cases(phantoms)[:1], 0, (8, 8, 8))
     values = [train_low.validate(train_sr.Config(augment=most, amp=False), lambda x, t: x[:, :4], crops,
-                                 train_sr.sr_loss, torch.device("cpu")) for most in (0.0, 0.4, 1.0)]
+                                 train_sr.sr_loss, ALONE) for most in (0.0, 0.4, 1.0)]
     assert values[0] == values[1] == values[2]
+
+
+# --- what goes wrong in mid-run ---
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error, code, words", [(EOFError("too short"), 1, "{case}: too short; a case must be whole"),
+                                                (KeyError("a defect"), 1, "KeyError: 'a defect'")])
+def test_an_error_while_cases_are_read_ends_a_run(phantoms, tmp_path, monkeypatch, fails, workers, error, code, words):
+    bad = cases(phantoms)[2]
+
+    def item(self, k, case):
+        if case == bad:
+            raise error
+        return read(self, k, case)
+
+    read = Cases.item
+    monkeypatch.setattr(Cases, "item", item)
+    began = time.time()
+    found, said = fails(train_low.main, *TINY, "--workers", workers, "--data", phantoms, "--out", tmp_path / "low",
+                        "--steps", 9)
+    line = [x for x in said.splitlines() if x.startswith("error:")]
+    assert found == code and len(line) == 1 and words.format(case=bad) in line[0] and len(line[0]) < 600
+    assert time.time() - began < 60                      # it did hang for ever
+
+
+def test_the_traceback_of_a_defect_is_in_the_file_that_its_line_names(fails):
+    def main(_):
+        with exits():
+            {}["nothing"]
+
+    code, said = fails(main)
+    report = Path(re.search(r"please report it with (\S+)", said)[1])
+    assert code == 1 and said.count("\n") == 1 and '{}["nothing"]' in report.read_text()
+    report.unlink()
+
+
+def test_a_disk_without_locks_is_warned_of(phantoms, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(runs.fcntl, "flock", flock)
+    low(phantoms, tmp_path / "low", "--steps", 1)
+    assert "knows no locks" in capsys.readouterr().err and weights(tmp_path / "low")["step"] == 1
+
+
+@pytest.mark.slow
+def test_an_error_on_one_of_two_processes_ends_both(phantoms, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    bad = cases(data)[2] / "vessel.npy"
+    bad.write_bytes(bad.read_bytes()[:9000])             # its header is whole
+    done = torchrun(["train_sr.py"], *TINY, *CROP, "--data", data, "--out", tmp_path / "sr", "--steps", 99,
+                    "--workers", 1, timeout=60)
+    assert done.returncode == 1 and f"error: RuntimeError: {bad.parent}: " in done.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_read_different_checkpoints_refuse_to_go_on(phantoms, tmp_path):
+    for name, steps in (("a", 1), ("b", 2)):
+        low(phantoms, tmp_path / name, "--steps", steps)
+    script = tmp_path / "start.py"
+    script.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_low
+train_low.main([*sys.argv[1:], "--out", {str(tmp_path)!r} + "/" + "ab"[int(os.environ["RANK"])]])""")
+    done = torchrun([script], *TINY, "--data", phantoms, "--steps", 3)
+    assert done.returncode == 1 and "the processes read different checkpoints, of steps 1, 2" in done.stderr
 
 
 # --- the command line ---

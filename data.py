@@ -197,7 +197,7 @@ def prepare(args):
 def check(args):
     """Every case of a folder: what is wrong and how to mend it. Exit 2 if any is not sound."""
     folders, there = cases(args.folder), Path(args.folder)
-    broken = sorted({p for p in there.glob("*") if p.is_dir()} - set(folders)) if there.is_dir() else []
+    broken = sorted({p for p in there.glob("[!.@]*") if p.is_dir()} - set(folders)) if there.is_dir() else []
     wrong = 0
     for case in folders + broken:
         found = faults(case, downsample)

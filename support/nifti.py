@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from support.files import write_atomic
 
 MAX_BYTES = 4 << 30               # of one NIfTI's voxels; beyond it is a broken or hostile header
+MM = dict(unknown=1, mm=1, meter=1e3, micron=1e-3)
+VOXEL = (0.05, 50)                # mm, the edges of voxels that a chest CT may have; in another unit it has others
 # nibabel is imported where it is needed: a GPU machine that only trains has none
 
 
 def load_nifti(path):
-    """A 3D NIfTI in closest canonical (RAS+) order.   -> array (X,Y,Z) float32, affine (4,4)
+    """A 3D NIfTI, 1 or 2, in closest canonical (RAS+) order.   -> array (X,Y,Z) float32, affine (4,4) in mm
 
     ValueError if the file is not whole (nibabel does not check gzip's sum), not 3D, not real-valued, or has no usable
-    geometry. The header is judged before any voxel is read.
+    geometry: one that nibabel and ITK read alike. The header is judged before any voxel is read.
     """
     import nibabel
     path = Path(path)
@@ -29,12 +31,17 @@ def load_nifti(path):
               nibabel.wrapstruct.WrapStructError, nibabel.orientations.OrientationError)
     try:
         with opener(path, "rb") as f, nibabel.imageglobals.LoggingOutputSuppressor():
-            header = nibabel.Nifti1Header.from_fileobj(f, check=True)
+            second = f.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")     # 540, the size of a NIfTI-2 header
+            kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+            f.seek(0)
+            header = kind.header_class.from_fileobj(f, check=False)
+            pixdim = header["pixdim"][1:4].copy()
+            header.check_fix()                                           # makes 1 of 0 in pixdim
         shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
     except damage as e:
-        raise ValueError(f"{path}: no readable NIfTI-1 header ({e}); "
+        raise ValueError(f"{path}: no readable NIfTI header ({e}); "
                          "a .nii or .nii.gz volume is needed; convert or copy it again") from None
-    size = check_header(path, header, shape, dtype, affine)
+    size = check_header(path, header, pixdim, shape, dtype, affine)
     try:
         need = int(header.get_data_offset()) + size
         with opener(path, "rb") as f:
@@ -44,23 +51,23 @@ def load_nifti(path):
         if len(raw) < need:
             raise EOFError(f"cut short, {len(raw)} bytes of {need}")
         with np.errstate(over="ignore"), nibabel.imageglobals.LoggingOutputSuppressor():
-            image = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(raw))
+            image = nibabel.as_closest_canonical(kind.from_bytes(raw))
             array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])     # too large becomes infinite
     except damage as e:
         raise ValueError(f"{path}: damaged ({e}); the whole file is needed; copy it again") from None
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite; "
                          "all must be numbers; mend it first")
-    return array, image.affine
+    return array, np.diag([*[MM[header.get_xyzt_units()[0]]] * 3, 1]) @ image.affine
 
 
-def check_header(path, header, shape, dtype, affine):
+def check_header(path, header, pixdim, shape, dtype, affine):
     """ValueError unless a header describes one 3D volume of real numbers with a place in the world.   -> bytes of
     voxels"""
     if header["sform_code"] <= 0 and header["qform_code"] <= 0:          # nibabel would guess, and take left for right
         raise ValueError(f"{path}: neither sform nor qform is set; which side is the left is not known; "
                          "write an affine into the header")
-    if len(shape) == 4 and shape[3] == 1:
+    if set(shape[3:]) == {1}:
         shape = shape[:3]
     if len(shape) != 3 or min(shape) < 2:
         raise ValueError(f"{path}: shape {tuple(shape)}; one 3D volume is needed; extract it first")
@@ -70,9 +77,25 @@ def check_header(path, header, shape, dtype, affine):
     if size > MAX_BYTES:
         raise ValueError(f"{path}: the header claims {shape}, {size / 2**30:.0f} GiB; "
                          f"at most {MAX_BYTES >> 30} GiB; crop it or mend the header")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+    if not header["vox_offset"] >= header.single_vox_offset:             # where they begin then, libraries do not agree
+        raise ValueError(f"{path}: vox_offset {header['vox_offset']:g} lies inside the header; voxels begin at "
+                         f"{header.single_vox_offset} or later; write the file again with nibabel or ITK")
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * edges.prod():
         raise ValueError(f"{path}: its affine is not finite or flat; voxels need a place in the world; mend the header")
+    unit = header.get_xyzt_units()[0]
+    if (edges * MM[unit] < VOXEL[0]).any() or (edges * MM[unit] > VOXEL[1]).any():
+        raise ValueError(f"{path}: voxels of {named(edges)}, unit {unit}; edges of {VOXEL[0]} to {VOXEL[1]} mm are "
+                         "needed; mend the affine or the unit (xyzt_units) in the header")
+    if not (np.abs(pixdim / edges - 1) < 0.1).all():                     # ITK takes pixdim; a tilted gantry's is near
+        raise ValueError(f"{path}: pixdim says voxels of {named(pixdim)}, the affine {named(edges)}; libraries read it "
+                         "in two ways; mend the header")
     return size
+
+
+def named(edges):
+    """Three numbers as text."""
+    return " x ".join(f"{edge:.4g}" for edge in edges)
 
 
 def save_nifti(path, array, affine):

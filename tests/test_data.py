@@ -159,6 +159,47 @@ def test_broken_files_are_refused_in_one_line(tmp_path):
         load_nifti(tmp_path)
 
 
+HEADERS = {                       # name: offset in the header, its type and new values, 1 or the error
+    "plain": (0, "<i4", [348], 1),
+    "microns": (123, "u1", [3], "voxels of 2 x 3 x 4, unit micron; edges of 0.05 to 50 mm"),
+    "metres": (123, "u1", [1], "unit meter"),
+    "no unit": (123, "u1", [0], 1),
+    "five axes": (40, "<i2", [5, *L.shape, 1, 1], 1),
+    "two volumes": (40, "<i2", [4, *L.shape[:2], 4, 2], "3D volume"),
+    "offset 0": (108, "<f4", [0], "vox_offset 0 lies inside the header"),
+    "pixdim 0": (80, "<f4", [0, 0, 0], "pixdim says voxels of 0 x 0 x 0, the affine 2 x 3 x 4"),
+    "pixdim 1": (80, "<f4", [1, 1, 1], "pixdim says"),
+    "qform elsewhere": (268, "<f4", [77, 77, 77], 1),    # nibabel and ITK take the sform
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_is_read_as_libraries_agree_or_refused(name, tmp_path):
+    affine = np.diag([-2.0, 3, 4, 1])
+    image = nibabel.Nifti1Image(L, affine)
+    image.set_qform(affine, 1)
+    raw = bytearray(image.to_bytes())
+    at, kind, values, wanted = HEADERS[name]
+    new = np.array(values, kind).tobytes()
+    raw[at:at + len(new)] = new
+    (tmp_path / "a.nii").write_bytes(raw)
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            load_nifti(tmp_path / "a.nii")
+    else:
+        array, found = load_nifti(tmp_path / "a.nii")
+        assert (array == L[::-1]).all() and np.allclose(np.abs(found[:3, :3]), np.diag([2, 3, 4]))
+
+
+@pytest.mark.parametrize("unit, edge", [("mm", 1.5), ("meter", 0.0015), ("micron", 1500)])
+def test_every_unit_becomes_mm_and_nifti_2_is_read(unit, edge, tmp_path):
+    image = nibabel.Nifti2Image(L, np.diag([edge, edge, edge, 1]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    array, affine = load_nifti(tmp_path / "a.nii.gz")
+    assert (array == L).all() and np.allclose(affine, np.diag([1.5, 1.5, 1.5, 1]))
+
+
 def test_a_volume_without_a_place_is_refused(tmp_path):
     image = nibabel.Nifti1Image(L, AFFINE)
     image.set_sform(AFFINE, 0)                                           # nibabel would flip left and right

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -51,13 +53,30 @@ def from_pretrained(source, masked_words):
         kind, options = transformers.BertForMaskedLM, {}
     unreadable = (OSError, ValueError, TypeError, LookupError, RuntimeError, AttributeError, SafetensorError,
                   pickle.UnpicklingError)
+    local = Path(source).is_dir()
+    files = dict(trust_remote_code=False, local_files_only=local or not hub_answers())
     try:
-        tokenizer = transformers.BertTokenizer.from_pretrained(source, trust_remote_code=False)
-        net, info = kind.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **options)
+        tokenizer = transformers.BertTokenizer.from_pretrained(source, **files)
+        net, info = kind.from_pretrained(source, output_loading_info=True, **files, **options)
     except unreadable as error:
-        raise ValueError(f"text model {source}: not found or not readable ({type(error).__name__}); "
+        alone = ", and the hub does not answer" if files["local_files_only"] and not local else ""
+        raise ValueError(f"text model {source}: not found or not readable ({type(error).__name__}){alone}; "
                          f"{WAY_OUT}") from None
     return net, tokenizer, info["missing_keys"]
+
+
+def hub_answers():
+    """Whether the hub can be asked. Its own client finds out by asking for minutes, file by file."""
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True                                       # it does, if only to refuse
+    except OSError:
+        return False
+    return True
 
 
 # --- made ---

@@ -22,10 +22,18 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        for a in args:
+            if not is_text(a):
+                self.error(f"{a!r}: bytes that are no UTF-8; all is written as text; rename the file, or type it anew")
         return super().parse_known_args([hyphens(a) for a in args], namespace)
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def is_text(name):
+    """Whether an argument or a file's name is text: bytes that are none come as halves of characters."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 def hyphens(argument):

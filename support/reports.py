@@ -1,12 +1,28 @@
-"""The one reader of reports: text files and .jsonl, and their two sections, Findings and Impression."""
+"""The one reader of reports: text files and .jsonl, and their two sections, Findings and Impression. docs/data.md has a
+table of what it takes and what it refuses."""
 import json
 import re
 import sys
+import unicodedata
 from collections import namedtuple
 from pathlib import Path
 
+from support.cli import is_text
+
 Report = namedtuple("Report", "subject findings impression")
 MAX_BYTES = 1 << 20               # of one report
+TAG = re.compile(r"</?(html|head|body|div|span|p|br|b|i|u|em|strong|font|table|tr|td|li|ul)\b[^<>]*>", re.I)
+JSON = re.compile(r'[\[{]\s*(\{\s*)?"')
+
+# A heading ends with a colon, or its line does. "Impression:" is one anywhere, "Findings:" at the start of a line or
+# sentence ("no other findings: clear"), "FINDINGS:" anywhere.
+ITEM, FIND = r"(?:^[ ]*(?:[-*•]|\d[.)])[ ]*)?", r"findings?"
+SUM = r"(?:(?:clinical|overall|final|diagnostic|radiologic(?:al)?)\s+)?(?:impression|conclusion)s?"
+HEADING = re.compile(rf"""
+    (?P<both>       {ITEM} \b (?: {FIND} \s*(?:and|&|/)\s* {SUM} | {SUM} \s*(?:and|&|/)\s* {FIND} ) [ ]*: )
+  | (?P<impression> {ITEM} \b {SUM} [ ]*: | ^[ ]* {SUM} [ ]*$ )
+  | (?P<findings>   (?: ^{ITEM} | (?<=\.) ) [ ]* {FIND} [ ]*: | (?-i:\bFINDINGS?) [ ]*: | ^[ ]* {FIND} [ ]*$ )""",
+                     re.IGNORECASE | re.MULTILINE | re.VERBOSE)
 
 
 def read_report(path):
@@ -18,10 +34,18 @@ def read_report(path):
         text = path.read_text(encoding="utf-8-sig").strip()              # without the mark that some editors put first
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text; a report is plain text; save it as such") from None
-    words = re.sub(r"\b(finding|impression|conclusion)s?\s*:", "", text, flags=re.I)
-    if not any(c.isalpha() for c in words) or "\0" in text:
+    for name, found in (("RTF", text.startswith("{\\rtf")), ("HTML", TAG.search(text)), ("JSON", JSON.match(text))):
+        if found:
+            raise ValueError(f"{path}: {name}; a report is plain text; "
+                             "save it as such, or for training as .jsonl, a report a line")
+    if not any(c.isalpha() for c in HEADING.sub("", plain(text))) or "\0" in text:
         raise ValueError(f"{path}: no words in it; a report is plain text; write one, or leave the option out")
     return text
+
+
+def text_files(folder):
+    """The *.txt of a folder, *.TXT too, by name."""
+    return sorted(p for p in folder.glob("[!.]*") if p.suffix.lower() == ".txt")
 
 
 def texts_asked(prompt, reports, otherwise):
@@ -30,27 +54,46 @@ def texts_asked(prompt, reports, otherwise):
     if prompt is not None and reports:
         raise ValueError("--prompt and --report; one text a sample is needed; give one of them")
     if prompt is not None:
-        if not any(c.isalpha() for c in prompt) or any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise ValueError(f"--prompt {prompt!r}; no words in it, or bytes that are no UTF-8; "
-                             "write some, or leave the option out")
+        if not any(c.isalpha() for c in prompt):
+            raise ValueError(f"--prompt {prompt!r}; no words in it; write some, or leave the option out")
         return [("prompt", prompt)]
     if "" in reports:
         raise ValueError("--report '': no name of a file; a report is a text file; "
                          "check the variable that should hold it")
     files = []
     for path in map(Path, reports):
-        files += sorted(path.glob("[!.]*.txt")) if path.is_dir() else [path]
+        files += text_files(path) if path.is_dir() else [path]
+    for f in files:
+        if not is_text(f.name):
+            raise ValueError(f"--report {str(f)!r}: bytes that are no UTF-8; samples are named so; rename the report")
     if reports and not files:
         raise ValueError(f"--report {' '.join(reports)}: no *.txt in it; a report is a text file; check the folder")
     return [(f.stem, read_report(f)) for f in files] or [(otherwise, None)]
 
 
+def plain(text):
+    """A text without marks of Markdown and signs of no width, ligatures and full-width letters made plain (NFKC)."""
+    text = unicodedata.normalize("NFKC", text)
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    return "\n".join(re.sub(r"^\s*[#>]+\s|\*\*|__", "", line) for line in text.splitlines())
+
+
 def split_sections(text):
-    """'Findings: ... Impression: ...' -> (findings, impression) without the headings and what stands before them
-    (history, technique); a plain prompt -> (prompt, '')."""
-    findings, *impression = re.split(r"\b(?:impression|conclusion)s?\s*:", text, maxsplit=1, flags=re.I)
-    findings = re.split(r"(?:^|[.\n])\s*findings?\s*:", findings, maxsplit=1, flags=re.I)[-1]
-    return " ".join(findings.split()), " ".join(" ".join(impression).split())
+    """'Findings: ... Impression: ...' in any order -> (findings, impression) without the headings and what stands
+    before the first (history, technique); "Findings and impression: ...", or a plain prompt -> (text, '')."""
+    text = plain(text)
+    marks = list(HEADING.finditer(text))
+    ends = [m.start() for m in marks[1:]] + [len(text)]
+    found = [(m.lastgroup, text[m.end():end]) for m, end in zip(marks, ends)]
+    kinds = [kind for kind, _ in found]
+    first = next((k for k, kind in enumerate(kinds) if kind != "impression"), None)
+    if first is None:                                     # what stands before the Impression, or all
+        found.insert(0, ("findings", text[:marks[0].start()] if marks else text))
+    elif "impression" in kinds[first:]:
+        found = found[first:]                             # an impression before was one of the history
+    findings = " ".join(body for kind, body in found if kind != "impression")
+    impression = " ".join(body for kind, body in found if kind == "impression")
+    return " ".join(findings.split()), " ".join(impression.split())
 
 
 def split_run_together(text):
@@ -74,9 +117,10 @@ def load_reports(paths):
     are left out."""
     texts = []                                            # (subject, text)
     for path in map(Path, paths):
-        texts += read_lines(path) if path.suffix == ".jsonl" and path.is_file() else read_files(path)
-    pairs = [(subject, split_sections(text), text) for subject, text in texts]
-    reports = [Report(subject, *(pair if pair[1] else split_run_together(text))) for subject, pair, text in pairs]
+        texts += read_lines(path) if path.suffix.lower() == ".jsonl" and path.is_file() else read_files(path)
+    texts = [(subject, plain(text)) for subject, text in texts]
+    reports = [Report(subject, *(split_sections if HEADING.search(text) else split_run_together)(text))
+               for subject, text in texts]
     whole = [r for r in reports if r.findings and r.impression]
     if len(whole) < len(reports):
         print(f"warning: {len(reports) - len(whole)} of {len(reports)} reports have one section only and are left out",
@@ -87,7 +131,9 @@ def load_reports(paths):
 def read_lines(path):
     """A .jsonl of {"findings", "impression"} or {"text"}, with "subject" or "id".   -> list of (subject, text)"""
     texts = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             subject = row.get("subject", row.get("id", f"{path}:{number}"))
@@ -107,7 +153,7 @@ def read_files(path):
     """A .txt, a folder of them, or a folder of cases.   -> list of (subject, text)"""
     files = [path]
     if path.is_dir():
-        files = sorted(path.glob("*/report.txt")) or sorted(path.glob("[!.]*.txt"))
+        files = sorted(path.glob("[!.]*/report.txt")) or text_files(path)
     if not files:
         raise ValueError(f"{path}: no */report.txt, no *.txt; training needs reports; "
                          "try python phantom.py --out data/train --n 512")

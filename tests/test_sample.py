@@ -126,7 +126,11 @@ def test_names_that_typesetting_or_the_disk_would_not_take(model, tmp_path, fail
 
     long = tmp_path / f"{'a' * 245}.txt"
     long.write_text("Findings: There is 1.")
-    for args, words in ((["--report", long], "rename the report"), (["--prompt", "\udce9panchement"], "no UTF-8")):
+    odd = tmp_path / "odd/\udcff.txt"
+    odd.parent.mkdir()
+    odd.write_text("Findings: There is 1.")
+    for args, words in ((["--report", long], "rename the report"), (["--prompt", "\udce9panchement"], "no UTF-8"),
+                        (["--report", odd], "no UTF-8"), (["--report", odd.parent], "rename the report")):
         code, err = fails(sample.main, *QUICK, "--model", model, "--out", out, *args)
         assert code == 2 and words in err and err.count("\n") == 1
 

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,9 +143,45 @@ def test_losses_are_the_formulas_of_their_docstrings():
     ("FINDINGS: Clear. IMPRESSION:\n1. Normal.", ("Clear.", "1. Normal.")),
     ("History: Cough.\nTechnique: CT.\n Findings: Clear.\nConclusion: Normal.", ("Clear.", "Normal.")),
     ("No other findings: clear.", ("No other findings: clear.", "")),
+    ("INDICATION: Large effusion FINDINGS: Clear. IMPRESSION: Normal.", ("Clear.", "Normal.")),
+    ("**History:** Effusion.\n\n**Findings:** Clear.\n\n**Impression:** Normal.", ("Clear.", "Normal.")),
+    ("# CT chest\n## Findings\nClear.\n\n## Impression\nNormal.", ("Clear.", "Normal.")),
+    ("- Findings: Clear.\n- Impression: Normal.", ("Clear.", "Normal.")),
+    ("FINDINGS\r\nClear.\r\nCONCLUSION\r\nNormal.", ("Clear.", "Normal.")),
+    ("Findings: Clear.\nClinical impression: Normal.", ("Clear.", "Normal.")),
+    ("IMPRESSION: Normal. FINDINGS: Clear.", ("Clear.", "Normal.")),
+    ("HISTORY: impression: pneumonia. FINDINGS: Clear. IMPRESSION: Normal.", ("Clear.", "Normal.")),
+    ("TECHNIQUE: CT. FINDINGS AND IMPRESSION: Clear.", ("Clear.", "")),
+    ("Findings: Clear.\nImpression:\n", ("Clear.", "")),
+    ("Clear. Conclusion: Normal.", ("Clear.", "Normal.")),
+    ("\uff26indings: \ufb01brosis.\u200b\nImpression:\u00a0Old.", ("fibrosis.", "Old.")),
     ("Large effusion on the left.", ("Large effusion on the left.", ""))])
 def test_sections_are_found_by_their_headings(text, sections):
     assert te.split_sections(text) == sections
+
+
+def test_a_report_with_one_section_is_left_out_and_blank_lines_are_passed_over(tmp_path, capsys):
+    rows = [json.dumps(dict(id=i, findings=f"Clear {i}. No effusion. Heart normal.", impression=x))
+            for i, x in enumerate(("Normal.", "", "Fine."))]
+    (tmp_path / "a.JSONL").write_bytes(("\ufeff" + "\r\n\r\n".join(rows) + "\n\n").encode())
+    (tmp_path / "B.TXT").write_text("Findings: Clear. No effusion. Heart normal.\nImpression:\n")
+    assert [r.subject for r in te.load_reports([tmp_path / "a.JSONL", tmp_path])] == ["0", "2"]
+    assert "2 of 4 reports have one section only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{\\rtf1\\ansi Clear.}", "RTF"), ("<p>Clear.</p>", "HTML"), ("Clear.<br/>Normal.", "HTML"),
+    ('[{"findings": "Clear."}]', "JSON"), ('{"text": "Clear."}\n{"text": "Normal."}', "JSON"),
+    ("Findings:\nImpression:", "no words")])
+def test_what_is_no_plain_text_is_refused_by_name(text, words, tmp_path):
+    (tmp_path / "r.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"r.txt: {words}"):
+        te.read_report(tmp_path / "r.txt")
+
+
+def test_less_than_is_no_tag(tmp_path):
+    (tmp_path / "r.txt").write_text("A nodule < 5 mm, HU <-950 & > 30.")
+    assert te.split_sections(te.read_report(tmp_path / "r.txt"))[0] == "A nodule < 5 mm, HU <-950 & > 30."
 
 
 def test_reports_without_headings_are_split_at_the_first_mark_else_before_the_last_two_sentences():
@@ -228,6 +265,16 @@ def test_broken_models_are_refused(folder, encoder, tmp_path):
         te.load(tmp_path / "m")
     with pytest.raises(ValueError, match="takes 8 to 512"):
         te.load(folder, tokens=600)
+
+
+def test_a_hub_that_does_not_answer_is_said_within_seconds(monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")      # nobody listens
+    began = time.time()
+    with pytest.raises(ValueError, match="runs/txt: not found .* and the hub does not answer; a text model has"):
+        te.load("runs/txt")
+    assert time.time() - began < 30                       # its client asked for minutes
 
 
 def test_empty_reports_are_refused_and_unknown_words_are_said(encoder, capsys):

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from support.checks import array_of, complete, faults, load_channel, one_size, warn_of_cut
+from support.anatomy import faults_of_masks, faults_of_places, field_of_view, judge
+from support.checks import array_of, complete, faults, load_channel, one_size
 from support.cli import Parser, check_center, exits
 from support.files import whole_folder
-from support.nifti import box_center, resample, save_nifti
+from support.nifti import resample, save_nifti
 from support.pictures import picture
 from support.reports import patient, read_report
 
@@ -66,16 +67,16 @@ def grid_affine(grid, center=(0, 0, 0)):
     return A
 
 
-def to_model(paths, grid, center=None):
+def to_model(paths, grid, center=None, as_is=False):
     """NIfTI files -> arrays of the model's grid.   paths: {"ct": ..., "airway": ...}, any subset, each on any grid
 
     center: world mm of the field of view's centre; by default the lungs' (the lobe mask's bounding box), else the first
-    volume's.   -> {name: (D,H,W) int16 or uint8}, center (3 floats)
+    volume's   as_is: masks that do not fit are warned of, not refused   -> {name: (D,H,W) int16 or uint8}, center
     """
     volumes = {name: load_channel(name, path) for name, path in paths.items()}
-    if center is None:
-        array, affine = volumes.get("lobe") or next(iter(volumes.values()))
-        center = box_center(array if "lobe" in volumes else np.ones(array.shape, bool), affine)
+    said = ", ".join(map(str, paths.values()))
+    judge(said, faults_of_places(volumes), [], as_is)
+    center = field_of_view(volumes, paths, FOV, center)
     A, out = grid_affine(grid, center), {}
     for name, (array, affine) in volumes.items():
         fill = HU[0] if name == "ct" else 0
@@ -84,9 +85,7 @@ def to_model(paths, grid, center=None):
         if (out[name] == fill).all():
             raise ValueError(f"{paths[name]}: no voxel of it lies in the field of view around {np.round(center)}; "
                              "it belongs to another place; pass --center")
-        if name == "lobe":
-            warn_of_cut(paths[name], (array > 0).sum() * abs(np.linalg.det(affine[:3, :3])),
-                        (out[name] > 0).sum() * np.prod(FOV) / grid**3, FOV)
+    judge(said, *faults_of_masks(**out), as_is)
     return out, tuple(float(c) for c in center)
 
 
@@ -183,10 +182,10 @@ def prepare(args):
         raise ValueError(f"--grid {args.grid}; a positive multiple of {SCALE} is needed; use 256 or 128")
     check_center(args.center)
     report, paths = read_report(args.report), {c: getattr(args, c) for c in CHANNELS}
-    arrays, center = to_model(paths, args.grid, args.center)
+    arrays, center = to_model(paths, args.grid, args.center, args.as_is)
     voxels = {c: int((arrays[c] > 0).sum()) for c in MASKS}
     meta = dict(source={c: Path(path).name for c, path in paths.items()}, grid=args.grid, center_ras_mm=center,
-                affine=grid_affine(args.grid, center).tolist(), voxels=voxels)
+                affine=grid_affine(args.grid, center).tolist(), voxels=voxels, as_is=args.as_is)
     write_case(args.out, **arrays, report=report, meta=meta)
     volume = np.stack([encode(c, arrays[c]) for c in CHANNELS])
     picture(Path(args.out) / "preview.png", [volume], [Path(args.out).name], fov=FOV)
@@ -240,6 +239,7 @@ def main(argv=None):
     q.add_argument("--grid", type=int, default=256, help="256 (the paper's, the default) or 128 (--preset demo)")
     q.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"),
                    help="centre of the field of view, world mm; default the lungs'")
+    q.add_argument("--as-is", action="store_true", help="take masks that do not look like a chest's, with a warning")
     q.set_defaults(run=prepare)
 
     q = sub.add_parser("check", help="validate a folder of cases")

@@ -118,11 +118,11 @@ def load(args):
     return stages
 
 
-def anatomy(paths, grid, center):
+def anatomy(paths, grid, center, as_is):
     """Given NIfTI files on the model's grid.   -> known (1,4,D,H,W) or None, fixed channels, centre in world mm"""
     if not paths:
         return None, [], center or (0.0, 0.0, 0.0)
-    arrays, center = to_model(paths, grid, center)
+    arrays, center = to_model(paths, grid, center, as_is)
     known = torch.zeros(1, len(CHANNELS), grid, grid, grid)
     for name, array in arrays.items():
         known[0, CHANNELS.index(name)] = torch.from_numpy(encode(name, array))
@@ -169,7 +169,7 @@ def sample(args):
     for net, _ in stages.values():
         ready(net, s)
     print(f"model {args.model} on {args.device}: {grid}^3" + (f" -> {full}^3" if sr_net else ""))
-    known, fixed, center = anatomy(paths, full, args.center)
+    known, fixed, center = anatomy(paths, full, args.center, args.as_is)
     known = None if known is None else known.to(args.device)
     contexts = read_texts(args, [text for _, text in texts], low_net)
 
@@ -216,6 +216,7 @@ def main(argv=None):
     add("--ct", metavar="NIFTI", help="a CT to segment: its masks come out (table 5)")
     add("--center", type=float, nargs=3, metavar=("X", "Y", "Z"),
         help="centre of the field of view, world mm; default the lobe mask's, else that of the first volume")
+    add("--as-is", action="store_true", help="take masks that do not look like a chest's, with a warning")
     add = p.add_argument_group("sampling (default: as the weights' sampling.json says, else as here)").add_argument
     add("--guidance", type=float, help="1 none (the paper), 2 (default; released previews), 3 (released, anatomy)")
     add("--low-steps", type=int, help="DDIM steps of stage 1 (default 50, sec. 4.2), two calls each with guidance")

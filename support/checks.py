@@ -1,8 +1,10 @@
 """Checks of what comes in: masks and HU of a NIfTI, the arrays of case folders. Each error says what mends it."""
+import json
 import sys
 
 import numpy as np
 
+from support.anatomy import fault_of_hu, faults_of_masks
 from support.nifti import load_nifti
 from support.reports import read_report
 
@@ -17,9 +19,9 @@ def load_channel(name, path):
     """A CT (HU) or mask NIfTI, checked for its kind.   -> array (X,Y,Z) float32, affine"""
     array, affine = load_nifti(path)
     if name == "ct":
-        if array.min() > -500 or array.max() - array.min() < 100:        # air is -1000
-            raise ValueError(f"{path}: values {array.min():g} to {array.max():g}; a CT in Hounsfield units is needed; "
-                             "apply the rescale slope first")
+        if fault := fault_of_hu(array):
+            raise ValueError(f"{path}: {fault}; a chest CT in Hounsfield units has both; apply the rescale slope and "
+                             "intercept, once")
         return array, affine
     labels, top = np.unique(array), TOP[name]
     if name != "lobe" and len(labels) == 2 and labels[0] == 0:
@@ -36,14 +38,6 @@ def load_channel(name, path):
         print(f"warning: {path}: labels up to {labels[-1]:g}, so the left lung alone (1 LUL, 2 LLL, 3 RUL, 4 RML, "
               "5 RLL); a mask of both lungs is not one of lobes", file=sys.stderr)
     return array, affine
-
-
-def warn_of_cut(path, whole, inside, fov):
-    """Tell if the field of view cuts the lungs.   whole, inside: mm^3   fov: mm (D,H,W)"""
-    if inside < 0.97 * whole:                                            # less is rounding on the coarser grid
-        size = " x ".join(f"{f:g}" for f in fov[::-1])
-        print(f"warning: {path}: {1 - inside / whole:.0%} of the lungs lie outside the field of view, {size} mm",
-              file=sys.stderr)
 
 
 # --- case folders ---
@@ -125,10 +119,9 @@ def faults(case, low_of):
     elif "low" in shapes and shapes["low"] != (len(FULL), *(n // 4 for n in grid)):
         found.append(f"low.npy is {shapes['low']} for a grid of {grid}: prepare the case again")
     elif not found:
-        lung = np.median(arrays["ct"][arrays["lobe"] > 0])
-        if lung > -100:
-            found.append(f"ct.npy has {lung:g} HU in the lungs (median), where air should be: "
-                         "check the rescale intercept, or the lobe mask")
+        if not as_is(case):
+            found += [f"{fault}: prepare the case again, insist there with --as-is"
+                      for fault in faults_of_masks(**{name: arrays[name] for name in FULL})[0]]
         if not np.allclose(low_of(arrays), arrays["low"], atol=2e-3):
             found.append("low.npy is not every fourth voxel of the full arrays: prepare the case again")
     try:
@@ -136,6 +129,14 @@ def faults(case, low_of):
     except ValueError as e:
         found.append(str(e))
     return found
+
+
+def as_is(case):
+    """Whether a case was prepared with --as-is."""
+    try:
+        return bool(json.loads((case / "case.json").read_text()).get("as_is"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def faults_of_values(name, a, dtype):
@@ -149,8 +150,8 @@ def faults_of_values(name, a, dtype):
         if top > TOP[name]:
             return [f"{name}.npy has values up to {top}: labels are wrong, prepare the case again"]
     elif name == "ct":
-        if a.min() > -500 or a.max() < 0:
-            return [f"ct.npy spans {a.min()}..{a.max()} HU, not a chest: check the rescale slope"]
+        if fault := fault_of_hu(a):
+            return [f"ct.npy has {fault}, not a chest: check the rescale slope and intercept"]
     elif not np.isfinite(a).all():
         return [f"{name}.npy has values that are not finite: make it again"]
     return []

@@ -138,9 +138,3 @@ def resample(array, affine, out_affine, shape, linear, fill=0):
             total = total + F.grid_sample(source, where, mode, align_corners=False)[0, 0]
         out[d:d + 16] = total / len(offsets)
     return (out + fill).numpy()
-
-
-def box_center(array, affine):
-    """World mm of the centre of the bounding box of array > 0, along the array's axes.   -> (3,)"""
-    spans = [np.flatnonzero((array > 0).any(tuple({0, 1, 2} - {k})))[[0, -1]] for k in range(3)]
-    return affine[:3, :3] @ [s.mean() for s in spans] + affine[:3, 3]

@@ -12,8 +12,9 @@ import torch
 
 import data
 from data import Cases, decode, encode, grid_affine, split_cases, to_model
+from support.anatomy import box_center
 from support.checks import load_channel
-from support.nifti import box_center, load_nifti, resample, save_nifti
+from support.nifti import load_nifti, resample, save_nifti
 
 L = np.zeros((40, 30, 36), np.uint8)             # an L: no rotation or reflection maps it onto itself
 L[8:30, 8:13, 9:14] = 1
@@ -311,7 +312,7 @@ HARM = {
     "every fourth voxel": lambda c: np.save(c / "low.npy", np.zeros((4, 8, 8, 8), np.float16)),
     "airway.npy unreadable": lambda c: (c / "airway.npy").write_bytes(b""),
     "low.npy unreadable": lambda c: np.savez(open(c / "low.npy", "wb"), a=1),
-    "HU in the lungs": lambda c: np.save(c / "ct.npy", (np.load(c / "ct.npy") + 1024 - 900 * (np.load(c / "lobe.npy")
+    "HU in the lobes": lambda c: np.save(c / "ct.npy", (np.load(c / "ct.npy") + 1024 - 900 * (np.load(c / "lobe.npy")
                                                         == 0)).astype(np.int16)),
     "not a chest": lambda c: np.save(c / "ct.npy", np.load(c / "ct.npy") + np.int16(1024)),
     "is float32, not float16": lambda c: np.save(c / "text.npy", np.zeros((192, 8), np.float32)),

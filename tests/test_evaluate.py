@@ -371,7 +371,7 @@ def odd(tmp_path, monkeypatch):
     """Folders of volumes that do not fit together, and files without what they should hold."""
     monkeypatch.chdir(tmp_path)
     small = np.eye(3)[..., None].repeat(3, 2).astype(np.uint8)
-    nifti(tmp_path / "a/x/ct.nii.gz", np.arange(8**3).reshape(8, 8, 8).astype(np.int16) - 900)
+    nifti(tmp_path / "a/x/ct.nii.gz", 3 * np.arange(8**3).reshape(8, 8, 8).astype(np.int16) - 900)
     nifti(tmp_path / "a/x/lobe.nii.gz", small)
     nifti(tmp_path / "a/x/airway.nii.gz", small)
 

@@ -92,7 +92,7 @@ def test_every_mask_may_be_fixed_and_a_ct_is_segmented(model, tmp_path):
     masks = {c: rng.integers(0, top, shape).astype(np.uint8) for c, top in (("lobe", 6), ("airway", 2), ("vessel", 2))}
     put(tmp_path, ct=rng.integers(-1000, 500, shape).astype(np.int16), **masks)
     given = [x for c in CHANNELS[1:] for x in (f"--{c}", tmp_path / f"{c}.nii.gz")]
-    run(model, tmp_path / "a", *given, "--center", *CENTER)
+    run(model, tmp_path / "a", *given, "--as-is", "--center", *CENTER)
     for c in CHANNELS[1:]:
         assert np.array_equal(volume(tmp_path / "a/sample", c), volume(tmp_path, c)), c
     assert not np.array_equal(volume(tmp_path / "a/sample"), volume(tmp_path))
@@ -105,7 +105,7 @@ def test_every_mask_may_be_fixed_and_a_ct_is_segmented(model, tmp_path):
 
 def test_stop_at_low_writes_the_low_resolution_volume_in_its_place(model, tmp_path):
     put(tmp_path, lobe=np.random.default_rng(0).integers(0, 6, (32,) * 3).astype(np.uint8))
-    run(model, tmp_path, "--stop-at-low", "--lobe", tmp_path / "lobe.nii.gz", "--center", *CENTER)
+    run(model, tmp_path, "--stop-at-low", "--lobe", tmp_path / "lobe.nii.gz", "--as-is", "--center", *CENTER)
     low, full = (nibabel.load(tmp_path / name) for name in ("sample/lobe.nii.gz", "lobe.nii.gz"))
     assert low.shape == (8, 8, 8)
     where = np.argwhere(np.ones(low.shape))          # each voxel lies on that voxel of the full grid whose label it has
@@ -320,7 +320,7 @@ def test_lobes_are_tidied_if_asked_to_unless_they_are_given(model, airway, tmp_p
         run(model, tmp_path / out, *more)
         assert (volume(tmp_path / out / "sample", "lobe") == 2).all() == tidied
     given = tmp_path / "no/sample/lobe.nii.gz"
-    run(model, tmp_path / "given", "--lobe", given, "--tidy")
+    run(model, tmp_path / "given", "--lobe", given, "--as-is", "--tidy")
     assert np.array_equal(volume(tmp_path / "given/sample", "lobe"), volume(tmp_path / "no/sample", "lobe"))
 
 

@@ -12,9 +12,9 @@ figure out.
     python evaluate.py augment REAL.csv SYNTHETIC.csv              # 5-fold accuracy, F1 with synthetic ones (table 6)
 
 A FOLDER holds one folder a case, as sample.py and TotalSegmentator write them: ct, lobe, airway, vessel, heart, thorax,
-effusion .nii.gz. Masks that are not there are made by --segment phantom (airway, effusion, heart and thorax by
-thresholds from CT and lobes, for phantoms only) or --segment totalseg (airway, effusion and heart by its public
-command, if installed); others must be there.
+effusion .nii.gz. Measured are these masks, which for a sample are the network's own, or those that are made of the CT,
+as in the paper: --segment totalseg (by its public command, if installed) or --segment phantom (airway, effusion, heart
+and thorax by thresholds from CT and lobes, for phantoms only). The first line says which.
 """
 import csv
 import io
@@ -31,14 +31,15 @@ from torch import nn
 from tqdm import tqdm
 
 from data import FOV, LOBES, MASKS, encode, grid_affine
+from support.anatomy import faults_of_masks, judge
 from support.checks import load_channel
-from support.cli import Parser, choose_device, exits
+from support.cli import Parser, choose_device, exits, say, sentence
 from support.features import feature_net, features
 from support.files import write_atomic
-from support.nifti import load_nifti, resample
+from support.nifti import resample
 from support.pictures import dots, histogram
 from support.reports import read_report
-from support.segment import FILES, TASKS, case_folders, file_of, totalsegmentator
+from support.segment import TASKS, case_folders, files_of, structure, totalsegmentator
 
 COLUMNS = ("folder", "case", "measure", "value", "unit")           # of the CSV with every single value
 UNITS = {"airway": "mm3", "effusion": "mL", "laa": "percent", "ctr": "ratio"}
@@ -46,21 +47,24 @@ UNITS = {"airway": "mm3", "effusion": "mL", "laa": "percent", "ctr": "ratio"}
 
 # --- files ---
 
-def read(case, name, segment="none"):
+SAID = {"none": "those beside the CT{own}", "phantom": "by thresholds from CT and lobes, for phantoms alone",
+        "totalseg": "TotalSegmentator's, of each CT"}
+
+
+def read(case, name, segment="none", as_is=False):
     """One structure of a case.   -> array (X,Y,Z) in RAS+ order, affine"""
-    names = FILES[name]
-    if segment == "phantom":                               # thresholds know a phantom's thorax better than its lungs do
-        names = names[:1]
-    path = file_of(case, *names)
-    if path:
-        return load_channel(name, path) if name in ("ct", "lobe") else load_nifti(path)
-    if segment == "totalseg" and name in TASKS:
-        totalsegmentator(case, TASKS[name])
-        return read(case, name)
-    if segment == "phantom" and name != "ct":
+    folder = case
+    if segment == "totalseg" and name != "ct":
+        folder = totalsegmentator(case, TASKS[name if name in TASKS else "lobe"])
+    if segment == "phantom" and name not in ("ct", "lobe"):
         return by_thresholds(case, name)
-    way = "segment the CT first" + (", or pass --segment totalseg" if name in TASKS else "")
-    raise ValueError(f"{case}: no {FILES[name][0]}.nii.gz; this measurement needs it; {way}")
+    found = structure(folder, name)
+    if found is None:
+        way = "segment the CT first" + (", or pass --segment totalseg" if segment == "none" else "")
+        raise ValueError(f"{folder}: no {name}.nii.gz; this measurement needs it; {way}")
+    if name in ("lobe", "lung"):
+        judge(f"{folder}/{name}", *faults_of_masks(lobe=found[0][::-1].transpose(2, 1, 0)), as_is)
+    return found
 
 
 def by_thresholds(case, name):
@@ -135,18 +139,19 @@ def dice(a, b):
     return float(2 * (a & b).sum() / (a.sum() + b.sum())) if a.any() or b.any() else 1.0
 
 
-def measure(command, case, segment):
+def measure(command, case, segment, as_is=False):
     """One number of one case."""
+    def get(name):
+        return read(case, name, segment, as_is)
+
     if command == "airway":
-        return volume_mm3(*read(case, "airway", segment))
+        return volume_mm3(*get("airway"))
     if command == "effusion":
-        return volume_mm3(*read(case, "effusion", segment)) / 1000
+        return volume_mm3(*get("effusion")) / 1000
     if command == "laa":
-        (ct, _), (lung, _), (airway, _) = one_grid(case, ct=read(case, "ct"), lung=read(case, "lung"),
-                                                   airway=read(case, "airway", segment))
+        (ct, _), (lung, _), (airway, _) = one_grid(case, ct=get("ct"), lung=get("lung"), airway=get("airway"))
         return laa950(ct, lung, airway)
-    (heart, affine), (thorax, _) = one_grid(case, heart=read(case, "heart", segment),
-                                            thorax=read(case, "thorax", segment))
+    (heart, affine), (thorax, _) = one_grid(case, heart=get("heart"), thorax=get("thorax"))
     return ctr(heart, thorax, affine)
 
 
@@ -164,15 +169,38 @@ def t_test(a, b, expect, name_a, name_b):
     return f"two-sample t-test (Welch), {how}: t = {t.statistic:.2f}, p = {t.pvalue:.2g}"
 
 
+def measured(name, cases, args):
+    """A measurement of every case; one that fails is named and passed over, and counted in args.failed. ValueError if
+    all fail.   -> list of (case, number)"""
+    found, failed = [], []
+    for case in tqdm(cases, desc=str(cases[0].parent), leave=False):
+        try:
+            found.append((case.name, measure(name, case, args.segment, args.as_is)))
+        except (ValueError, OSError) as e:
+            failed.append(e)
+            if len(cases) > 1:
+                say(f"error: {sentence(e)}")
+    if not found:
+        raise failed[-1]
+    args.failed += len(failed)
+    return found
+
+
+def whose(segment, cases):
+    """Whose masks are measured, in a line."""
+    own = ", channels of the network that made the sample" if any((c / "sample.json").exists() for c in cases) else ""
+    return "masks: " + SAID[segment].format(own=own)
+
+
 def measures(args):
     """A measurement of every case of one or more folders.   -> rows for the CSV"""
     name, unit, rows, groups = args.command, UNITS[args.command], [], []
     for folder in args.folders:
-        cases = tqdm(case_folders(folder), desc=str(folder), leave=False)
-        found = [(case.name, measure(name, case, args.segment)) for case in cases]
+        found = measured(name, case_folders(folder), args)
         rows += [dict(folder=folder, case=case, measure=name, value=value, unit=unit) for case, value in found]
         groups.append([value for _, value in found])
 
+    print(whose(args.segment, [case for folder in args.folders for case in case_folders(folder)]))
     print(f"{'folder':32} {'n':>4} {'mean':>10} {'sd':>10} {'median':>10}   {name}, {unit}")
     for folder, group in zip(args.folders, groups):
         v = np.array(group)
@@ -193,7 +221,7 @@ def compare(args):
     for seg, theirs in zip(args.folders[1:], folders[1:]):
         for case in (folders[0][name] for name in cases):
             for name in structures:
-                for label, d in dices(name, case, theirs[case.name]).items():
+                for label, d in dices(name, case, theirs[case.name], args.as_is).items():
                     rows.append(dict(folder=seg, case=case.name, measure=f"dice {label}", value=d, unit="1"))
 
     names = list(dict.fromkeys(r["measure"] for r in rows))
@@ -217,7 +245,7 @@ def comparable(paths, folders):
               file=sys.stderr)
 
     every = [there[name] for there in folders for name in shared]
-    structures = [name for name in MASKS if all(file_of(case, *FILES[name]) for case in every)]
+    structures = [name for name in MASKS if all(files_of(case, name)[1] for case in every)]
     if not structures:
         raise ValueError(f"{said}: no airway, lobe or vessel mask that every case has; a structure is compared where "
                          "all have it; add the missing masks")
@@ -226,11 +254,10 @@ def comparable(paths, folders):
     return shared, structures
 
 
-def dices(name, case, other):
+def dices(name, case, other, as_is):
     """Dice of a structure in two case folders, and of each lobe; the other is brought to the first one's grid.
     -> label: Dice"""
-    ref, affine = read(case, name)
-    got, its = read(other, name)
+    (ref, affine), (got, its) = (read(folder, name, as_is=as_is) for folder in (case, other))
     if got.shape != ref.shape or not np.allclose(its, affine, atol=1e-3):
         got = resample(got, its, affine, ref.shape, linear=False)
     got = np.rint(got)
@@ -352,6 +379,8 @@ def prompts(args):
     if not pairs or args.n < 1:
         raise ValueError(f"{args.file}, --n {args.n}: {len(pairs)} pairs of prompts, {args.n} samples each; "
                          "at least one of either is needed; change them")
+    check_thresholds(args)
+    print("masks: " + SAID[args.segment].format(own=", channels of the network that made the sample"))
     print(f"{'measure':20}{'prompt':64}{'n':>4}{'mean':>10} ± sd")
     rows = []
     for i, (name, *texts) in enumerate(pairs):
@@ -359,7 +388,7 @@ def prompts(args):
         for j, text in enumerate(texts):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
             sampled(text, out, args)
-            values = [measure(name, case, args.segment) for case in case_folders(out)]
+            values = [value for _, value in measured(name, case_folders(out), args)]
             print(f"{name + ', ' + UNITS[name]:20}{text[:62]:64}{len(values):4d}{np.mean(values):10.3g} "
                   f"± {spread(values):.3g}")
             rows += [dict(folder=str(out), case=text, measure=name, value=v, unit=UNITS[name]) for v in values]
@@ -367,6 +396,16 @@ def prompts(args):
         if args.n > 1:
             print(t_test(*groups, args.expect, "the first prompt", "the second"))
     return rows
+
+
+def check_thresholds(args):
+    """ValueError if a phantom's thresholds are to measure what networks made that saw others than phantoms."""
+    import sample
+    from support.weights import sources
+    model = args.model or sample.DEMO
+    if args.segment == "phantom" and sources(model) != ["phantom"]:
+        raise ValueError(f"--segment phantom with {model}, trained on: {', '.join(sources(model)) or 'unknown'}; its "
+                         "thresholds fit networks that saw phantoms alone; pass --segment totalseg")
 
 
 def read_pairs(path):
@@ -512,14 +551,18 @@ def parser():
 
     makers = ("none", "phantom", "totalseg")
     expect = "what the second is expected to be beside the first, for a one-tailed t-test (default: two-tailed)"
+    as_is = dict(action="store_true", help="measure lobes that do not look like a chest's, with a warning")
     for name, unit in UNITS.items():
         add = command(name, measures, f"{name}, {unit}")
         add("folders", nargs="+", metavar="FOLDER")
-        add("--segment", default="none", choices=makers, help="how to make masks that are not there (default none)")
+        add("--segment", default="none", choices=makers,
+            help="whose masks to measure: those beside the CT (none, the default), or made of the CT")
+        add("--as-is", **as_is)
         add("--expect", choices=("less", "greater"), help=expect)
 
     add = command("dice", compare, "Dice of masks, reference first")
     add("folders", nargs="+", metavar="FOLDER")
+    add("--as-is", **as_is)
 
     add = command("prompts", prompts, "samples of prompt pairs, measured")
     add("file", help="lines `measure | prompt | prompt`")
@@ -530,8 +573,9 @@ def parser():
         help='further options of sample.py (default none), such as --options="--stop-at-low --solver dpm --low-steps '
              '20": stage 1 alone, quickly')
     add("--segment", default="phantom", choices=makers,
-        help="how to make masks that are not sampled: phantom, the default, by thresholds that mean something for "
-             "networks trained on phantoms alone; totalseg for those trained on patients")
+        help="whose masks to measure: phantom, the default, by thresholds that mean something for networks trained "
+             "on phantoms alone; totalseg for those trained on patients; none: the network's own")
+    add("--as-is", **as_is)
     add("--expect", choices=("less", "greater"), help=expect)
 
     add = command("phantoms", phantoms, "the measurers against the truth of fresh phantoms")
@@ -566,6 +610,7 @@ def main(argv=None):
             raise ValueError(f"--expect with {len(args.folders)} folder(s); a t-test is of two; name two, "
                              "or leave it out")
 
+        args.failed = 0
         rows = args.run(args)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -575,6 +620,9 @@ def main(argv=None):
         if args.command not in UNITS:                      # those draw distributions
             dots(figure, rows)
         print(f"wrote {len(rows)} values to {args.csv}, {args.figure}")
+        if args.failed:
+            raise RuntimeError(f"{args.failed} case(s) not measured, named above; the table is of the others; "
+                               "mend them and run the same command again")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from support.fast import compile_blocks, recompute
 from support.options import arg, parse
 from support.pictures import picture
 from support.seeds import mixed
-from support.weights import begin_from, export
+from support.weights import begin_from, export, sources_of
 from unet3d import Block, Round, UNet3D
 
 DEMO = dict(dim=16, levels=3, heads=4, batch=4, micro=4, lr=1e-3, steps=7000, ema=0.995, ema_start=1000, holdout=32,
@@ -190,9 +190,9 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
 
     log, smooth, last = runs.Log(out / "loss.csv", rank), None, step >= cfg.steps
     bar = tqdm(total=cfg.steps, initial=step, desc=f"train {cfg.kind}", disable=rank > 0, mininterval=2)
-    weights = out / f"{cfg.kind}.safetensors"
+    weights, source = out / f"{cfg.kind}.safetensors", sources_of(dataset.folders)
     if last and rank == 0:                               # a run that was killed before its last export
-        export(weights, cfg, ema, dataset.grid, step, len(dataset))
+        export(weights, cfg, ema, dataset.grid, step, len(dataset), source)
 
     while not last:
         # forward and backward, accumulated over micro-batches (sec. 4.6); GPUs sum their gradients at the last
@@ -229,7 +229,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
         if saving and cfg.zero and world > 1:
             runs.gather_shares(opt, rank, world)
         if rank == 0 and saving:                         # the checkpoint last: a run killed before it redoes the rest
-            export(weights, cfg, ema, dataset.grid, step, len(dataset))
+            export(weights, cfg, ema, dataset.grid, step, len(dataset), source)
             log.write()
             state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
             runs.save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), **trained_on, **state))

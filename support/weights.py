@@ -41,17 +41,30 @@ def beyond(name):
 
 # --- written ---
 
-def export(path, cfg, ema, grid, step, n):
+def export(path, cfg, ema, grid, step, n, source):
     """EMA weights for sample.py: safetensors in float16, with the constructor's arguments and provenance in the
-    metadata; beside them, in sampling.json, how they want to be sampled.   n: cases that they were trained on"""
+    metadata; beside them, in sampling.json, how they want to be sampled.   n: cases that they were trained on
+    source: what these are, `sources_of`"""
     program = Path(sys.argv[0])
     program = f"-m beyond.{program.stem}" if program.parent.name == "beyond" else program.name
     command = " ".join(["python", program, *sys.argv[1:]])
-    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step,
+    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step, source=source,
                  provenance=dict(command=command, cases=n, config=asdict(cfg)))
     weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
     write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
     write_atomic(path.with_name("sampling.json"), (json.dumps(cfg.sampling()) + "\n").encode())
+
+
+def sources_of(folders):
+    """What cases are, by their case.json.   -> sorted list of "phantom", "patient" """
+    found = set()
+    for case in folders:
+        try:
+            meta = json.loads((case / "case.json").read_text())
+        except (OSError, ValueError):
+            meta = None
+        found.add("phantom" if isinstance(meta, dict) and meta.get("source") == "phantom" else "patient")
+    return sorted(found)
 
 
 # --- read ---
@@ -133,6 +146,18 @@ def load_stages(model, UNet3D):
         raise ValueError(f"--model {model}: neither low.safetensors nor released *_ckpt folders in it; "
                          "stage 1 is always needed; train it with train_low.py or name another folder")
     return stages
+
+
+def sources(model):
+    """What the weights of a model folder were trained on, as their files say: "phantom", "patient", "unknown".
+    -> sorted list"""
+    found = set()
+    for kind in ("low", "sr"):
+        places = (Path(model) / f"{kind}.safetensors", Path(model) / kind / f"{kind}.safetensors")
+        path = next((p for p in places if p.is_file()), None)
+        if path is not None:
+            found |= set(read_safetensors(path)[1].get("source", ["unknown"]))
+    return sorted(found)
 
 
 def check_pair(stages, model, scale):

@@ -58,7 +58,7 @@ def model(tmp_path_factory):
     sr = UNet3D(8, in_channels=8, heads=1, rounds=1, levels=2, context_dim=0)
     for cfg, net, grid in ((train_low.Config(), low, 8), (train_sr.Config(), sr, 32)):
         (folder / cfg.kind).mkdir()
-        export(folder / cfg.kind / f"{cfg.kind}.safetensors", cfg, net, grid, 1, 1)
+        export(folder / cfg.kind / f"{cfg.kind}.safetensors", cfg, net, grid, 1, 1, ["phantom"])
     return folder
 
 

@@ -3,19 +3,24 @@ import csv
 import gzip
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import data
 import evaluate
 import phantom
 from evaluate import ctr, dice, frechet, laa950, mmd2, volume_mm3
 from support.features import ResNet50, feature_net, features
+from support.files import read_safetensors
 from support.nifti import save_nifti
+from support.segment import load_mask, structure
+from support.weights import sources, sources_of
 
 TURN = nibabel.eulerangles.euler2mat(0.2, -0.1, 0.3)
 
@@ -192,15 +197,20 @@ def test_threshold_segmenters_find_what_the_phantom_has():
     assert ctr(heart, thorax, A) == pytest.approx(case["truth"]["ctr"], abs=0.03)
 
 
-def test_masks_that_are_not_there_are_made_by_thresholds(folders, tmp_path, monkeypatch):
+def test_thresholds_segment_the_ct_whatever_mask_lies_beside_it(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     case = tmp_path / "bare/case0"
     case.mkdir(parents=True)
     for name in ("ct", "lobe"):
         shutil.copy(folders / f"ill/case0/{name}.nii.gz", case)
+    shutil.copy(folders / "well/case0/effusion.nii.gz", case)            # empty
+    (case / "sample.json").write_text("{}")
     truth = json.loads((folders / "ill/case0/truth.json").read_text())
-    evaluate.main(["effusion", "bare", "--segment", "phantom"])
-    assert float(table("effusion.csv")[0]["value"]) == pytest.approx(truth["effusion_ml"], rel=0.1)
+    for segment, wanted, said in (("phantom", truth["effusion_ml"], "by thresholds from CT and lobes"),
+                                  ("none", 0, "beside the CT, channels of the network that made the sample")):
+        evaluate.main(["effusion", "bare", "--segment", segment])
+        assert float(table("effusion.csv")[0]["value"]) == pytest.approx(wanted, rel=0.1)
+        assert said in capsys.readouterr().out.splitlines()[0]
 
 
 def test_a_phantom_measures_what_it_was_drawn_with():
@@ -220,22 +230,118 @@ def test_measurers_follow_the_truth_of_fresh_phantoms(tmp_path, monkeypatch, cap
     assert r["effusion"] > 0.98 and r["ctr"] > 0.98 and r["laa"] > 0.98
 
 
-def test_an_external_segmenter_is_called_by_its_public_command(folders, tmp_path, monkeypatch):
-    """A stand-in on the PATH that writes what TotalSegmentator's task would, and notes how it was called."""
+@pytest.fixture
+def segmenter(folders, tmp_path, monkeypatch):
+    """A stand-in on the PATH that writes what TotalSegmentator's tasks would of the first ill case, in the layout of
+    $LAYOUT, and notes how it was called.   -> the folder of a case with the CT and masks of a healthy one"""
     ill, case = folders / "ill/case0", tmp_path / "set/case0"
-    case.mkdir(parents=True)
+    shutil.copytree(folders / "well/case0", case)
     shutil.copy(ill / "ct.nii.gz", case)
-    stand_in = tmp_path / "TotalSegmentator"
-    stand_in.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n'
-                        f'cp {ill}/effusion.nii.gz "$4/pleural_effusion.nii.gz"\n')
+    stand_in = tmp_path / "bin/TotalSegmentator"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f"""#!{sys.executable}
+import os, shutil, sys
+import nibabel, numpy as np
+ct, out, task = sys.argv[2], sys.argv[4], sys.argv[6]
+with open({str(tmp_path / 'called')!r}, "a") as f:
+    f.write(task + "\\n")
+ill, new = {str(ill)!r} + "/", os.environ["LAYOUT"] == "new"
+def put(name, of, label=0):
+    image = nibabel.load(ill + of + ".nii.gz")
+    a = np.asarray(image.dataobj)
+    nibabel.save(nibabel.Nifti1Image((a == label if label else a > 0).astype(np.uint8), image.affine),
+                 out + "/" + name + ".nii.gz")
+if task == "pleural_pericard_effusion":
+    put("pleural_effusion", "effusion")
+    put("pericardial_effusion", "heart")
+if task == "lung_vessels":
+    put("lung_airways" if new else "lung_trachea_bronchia", "airway")
+    put("lung_arteries" if new else "lung_vessels", "vessel")
+    if new:
+        put("lung_veins", "vessel")
+        put("lung_airways_wall", "vessel")
+if task == "total":
+    put("heart", "heart")
+    for k, lobe in enumerate(("upper_lobe_left", "lower_lobe_left", "upper_lobe_right", "middle_lobe_right",
+                              "lower_lobe_right"), 1):
+        put("lung_" + lobe, "lobe", k)
+""")
     stand_in.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
+    return case
+
+
+@pytest.mark.parametrize("layout", ["old", "new"])
+def test_an_external_segmenter_makes_the_masks_of_this_very_ct(segmenter, folders, tmp_path, monkeypatch, layout):
+    monkeypatch.setenv("LAYOUT", layout)
+    truth = json.loads((folders / "ill/case0/truth.json").read_text())
+    for command, key in (("effusion", "effusion_ml"), ("airway", "airway_mm3"), ("laa", "laa950_percent")):
+        for _ in range(2):
+            evaluate.main([command, "set", "--segment", "totalseg"])
+            assert float(table(f"{command}.csv")[0]["value"]) == pytest.approx(truth[key], rel=1e-4, abs=1e-6)
+    called = (tmp_path / "called").read_text().split()
+    assert called == ["pleural_pericard_effusion", "lung_vessels", "total"]          # each once
+    made = segmenter / "segmented/totalseg/lung_vessels"
+    assert (structure(made, "vessel")[0] == structure(folders / "ill/case0", "vessel")[0]).all()
+
+    shutil.copy(folders / "ill/case1/ct.nii.gz", segmenter)              # another CT: its masks are made anew
     evaluate.main(["effusion", "set", "--segment", "totalseg"])
-    assert (tmp_path / "called").read_text().split() == [
-        "-i", "set/case0/ct.nii.gz", "-o", "set/case0", "-ta", "pleural_pericard_effusion"]
-    truth = json.loads((ill / "truth.json").read_text())["effusion_ml"]
-    assert float(table("effusion.csv")[0]["value"]) == pytest.approx(truth, rel=1e-4)
+    assert (tmp_path / "called").read_text().split() == called + ["pleural_pericard_effusion"]
+
+
+TABLE = "<LabelTable>" + "".join(f'<Label Key="{k}" Red="1"><![CDATA[{name}]]></Label>' for k, name in {
+    1: "lung_pleura", 2: "pleural_effusion", 10: "lung_upper_lobe_left", 11: "lung_lower_lobe_left",
+    12: "lung_upper_lobe_right", 13: "lung_middle_lobe_right", 14: "lung_lower_lobe_right"}.items()) + "</LabelTable>"
+
+
+def test_of_many_labels_the_one_is_measured_that_the_file_names(tmp_path):
+    labels = np.arange(27).reshape(3, 3, 3).astype(np.uint8) % 16
+    image = nibabel.Nifti1Image(labels, np.diag([2, 2, 2, 1]))
+    nibabel.save(image, tmp_path / "effusion.nii.gz")
+    with pytest.raises(ValueError, match="values 0, 1, 2, 3, 4, 5 ...; one structure is measured"):
+        load_mask("effusion", tmp_path / "effusion.nii.gz")
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension(0, TABLE.encode()))
+    nibabel.save(image, tmp_path / "effusion.nii.gz")
+    assert (load_mask("effusion", tmp_path / "effusion.nii.gz")[0] == (labels == 2)).all()
+    lobes = load_mask("lobe", tmp_path / "effusion.nii.gz")[0]
+    assert (lobes == np.where((labels > 9) & (labels < 15), labels - 9.0, 0)).all()
+    with pytest.raises(ValueError, match="write heart alone"):
+        load_mask("heart", tmp_path / "effusion.nii.gz")
+
+
+def test_probabilities_are_cut_at_one_half_and_an_empty_mask_is_0(tmp_path, capsys):
+    soft = np.linspace(0, 1, 64).reshape(4, 4, 4).astype(np.float32)
+    for array, wanted in ((soft, soft > 0.5), (0 * soft, soft < 0), (255 * (soft > 0.9), soft > 0.9)):
+        nibabel.save(nibabel.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / "airway.nii.gz")
+        assert (load_mask("airway", tmp_path / "airway.nii.gz")[0] == wanted).all()
+    assert "cut at 0.5" in capsys.readouterr().err
+
+
+def test_a_case_that_cannot_be_measured_is_named_and_passed_over(folders, tmp_path, monkeypatch, fails):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "well", tmp_path / "set")
+    (tmp_path / "set/case1/airway.nii.gz").write_bytes(b"no image")
+    code, said = fails(evaluate.main, "airway", "set")
+    assert code == 1 and "case1/airway.nii.gz: no readable NIfTI" in said and "1 case(s) not measured" in said
+    assert [row["case"] for row in table("airway.csv")] == ["case0", "case2"]
+    shutil.copy(folders / "well/case1/airway.nii.gz", tmp_path / "set/case1")
+    evaluate.main(["airway", "set"])
+    assert len(table("airway.csv")) == 3
+
+
+def test_thresholds_of_phantoms_are_refused_for_weights_of_others(model, tmp_path, monkeypatch, fails):
+    assert sources(model) == ["phantom"] == sources(Path(__file__).parent.parent / "checkpoints/demo")
+    assert sources_of([tmp_path]) == ["patient"]
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    state, about = read_safetensors(other / "low/low.safetensors")
+    about["source"] = ["patient"]
+    save_file(state, other / "low/low.safetensors", {"medsyn": json.dumps(about)})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("laa | none | Bullae.")
+    code, said = fails(evaluate.main, "prompts", "p.txt", "--model", other)
+    assert code == 2 and "trained on: patient, phantom" in said and "--segment totalseg" in said
 
 
 def test_dice_resamples_and_judges_what_all_folders_have(folders, tmp_path, monkeypatch, capsys):

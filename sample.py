@@ -23,7 +23,7 @@ from support.cli import Parser, check_center, choose_device, exits, fast_bfloat1
 from support.fast import compile_blocks, place
 from support.files import whole_folder
 from support.nifti import save_nifti
-from support.outputs import check_free, names_of
+from support.outputs import check_free, missing, names_of, readable
 from support.pictures import picture
 from support.reports import texts_asked
 from support.sampling import SAMPLING, check_sampling, how_to_sample, wanted
@@ -66,7 +66,7 @@ def generate(low_net, sr_net, grid, seed, s, context=None, known=None, fixed=())
             low = upsample(x)
             x = stage("sr", s, beside(sr_net, low), sr_noise.result().to(device), known, fixed, low=low)
     if not torch.isfinite(x).all():
-        raise RuntimeError(f"seed {seed}: the sample is not finite; nothing is written; try another seed or --no-amp")
+        raise FloatingPointError(f"seed {seed}: the sample is not finite; try --no-amp")
     return x[0].float().cpu()
 
 
@@ -156,7 +156,10 @@ def sample(args):
     if args.ct and len(paths) > 1:
         raise ValueError(f"--ct with {', '.join('--' + c for c in paths if c != 'ct')}; a given CT is segmented; "
                          "leave the masks out")
-    names = names_of(texts, args.samples, args.seed)
+    names, failed = readable(names_of(texts, args.samples, args.seed))
+    names = missing(out, names) if args.resume else names
+    if not names:
+        return print(f"{out}: nothing is missing")
     check_free(out, names, WRITTEN, args.overwrite)
 
     # networks, anatomy, texts
@@ -171,7 +174,7 @@ def sample(args):
     print(f"model {args.model} on {args.device}: {grid}^3" + (f" -> {full}^3" if sr_net else ""))
     known, fixed, center = anatomy(paths, full, args.center, args.as_is)
     known = None if known is None else known.to(args.device)
-    contexts = read_texts(args, [text for _, text in texts], low_net)
+    contexts = read_texts(args, [text for _, text, _ in names], low_net)
 
     affine = grid_affine(full, center)
     if not sr_net:                                       # voxel i of 64^3 is voxel 4 i of 256^3, not the middle of four
@@ -182,15 +185,22 @@ def sample(args):
         if low_net.out.weight.is_meta:                   # `generate` dropped its weights
             low_net = load(args)["low"][0]
             ready(low_net, s)
-        x = generate(low_net, sr_net, grid, seed, s, contexts[text], known, fixed)
+        try:
+            x = generate(low_net, sr_net, grid, seed, s, contexts[text], known, fixed)
+        except FloatingPointError as e:                  # the others are made all the same
+            failed.append(e)
+            continue
         about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, {fixes}", text=text, seed=seed, sampling=s,
                      center_ras_mm=list(center), seconds=round(time.time() - began, 1), arguments=vars(args),
                      weights={kind: about for kind, (_, about) in stages.items()}, torch=torch.__version__)
         write(out / name, x, affine, about, args.overwrite)
-    voxel = " x ".join(f"{f / x.shape[-1]:.3f}" for f in FOV[::-1])
-    more = " ..." if len(names) > 3 else ""
-    print(f"wrote {len(names)} sample(s) of {x.shape[-1]}^3 voxels, {voxel} mm (x,y,z), to "
-          f"{', '.join(str(out / n) for n, _, _ in names[:3])}{more}")
+    edge, written = full if sr_net else grid, [out / name for name, _, _ in names if (out / name).exists()]
+    voxel = " x ".join(f"{f / edge:.3f}" for f in FOV[::-1])
+    print(f"wrote {len(written)} sample(s) of {edge}^3 voxels, {voxel} mm (x,y,z), to "
+          f"{', '.join(map(str, written[:3])) or 'nowhere'}{' ...' if len(written) > 3 else ''}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} sample(s) not made: {'; '.join(map(str, dict.fromkeys(failed)))}; --resume "
+                           "makes these alone")
 
 
 def write(folder, x, affine, about, overwrite):
@@ -230,6 +240,7 @@ def main(argv=None):
     add = p.add_argument_group("output").add_argument
     add("--out", default="out", help="samples appear in OUT/<name>/ (default out)")
     add("--overwrite", action="store_true", help="replace samples of the same name")
+    add("--resume", action="store_true", help="make those that are missing")
     add = p.add_argument_group("machine").add_argument
     add("--device", help="cuda or cpu; default whichever is there")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default where the device multiplies in it")
@@ -240,8 +251,6 @@ def main(argv=None):
     with exits():
         check_center(args.center)
         check_sampling(vars(args))
-        if args.samples < 1:
-            raise ValueError(f"--samples {args.samples}; at least 1 is needed; change it")
         if args.slab < 0:
             raise ValueError(f"--slab {args.slab}; a number of slices is needed; 16 is usual")
         sample(args)

@@ -1,4 +1,5 @@
 """The folders that sample.py writes: their names, and what may be replaced."""
+import json
 import os
 from pathlib import Path
 
@@ -6,6 +7,8 @@ from pathlib import Path
 def names_of(texts, samples, seed):
     """Every sample has a folder and a seed of its own, counted up over texts and samples.   texts: list of (name, text)
     -> list of (name, text, seed)"""
+    if samples < 1:
+        raise ValueError(f"--samples {samples}; at least 1 is needed; change it")
     last = seed + len(texts) * samples - 1
     if not 0 <= seed <= last < 2**32:
         raise ValueError(f"--seed {seed}: seeds {seed} to {last}; a generator keeps those from 0 to {2**32 - 1}; "
@@ -22,12 +25,35 @@ def names_of(texts, samples, seed):
     return names
 
 
+def readable(names):
+    """Samples whose report was read; ValueError if there are none.   -> list as of `names_of`, errors of the others"""
+    bad = [text for _, text, _ in names if isinstance(text, ValueError)]
+    if len(bad) == len(names):
+        raise bad[0]
+    return [n for n in names if not isinstance(n[1], ValueError)], bad
+
+
+def missing(out, names):
+    """Those samples that are not there yet. ValueError if one that is there was made from something else."""
+    left = []
+    for name, text, seed in names:
+        record = out / name / "sample.json"
+        if not os.path.lexists(out / name):
+            left.append((name, text, seed))
+            continue
+        made = json.loads(record.read_text()) if record.is_file() else {}
+        if (made.get("text"), made.get("seed")) != (text, seed):
+            raise ValueError(f"{out / name}: was not made from this text with seed {seed}; --resume adds to samples of "
+                             "the same command; choose another --out")
+    return left
+
+
 def check_free(out, names, written, overwrite):
     """ValueError unless the folders can be written; now, not after minutes of sampling.   written: files of a sample"""
     there = [out / name for name, _, _ in names if os.path.lexists(out / name)]
     if there and not overwrite:
         raise ValueError(f"{', '.join(map(str, there))}: exists; samples are not replaced silently; "
-                         "pass --overwrite or another --out")
+                         "pass --resume for those that are missing, --overwrite, or another --out")
     for folder in there:
         if folder.is_symlink() or not (folder / "sample.json").is_file():
             raise ValueError(f"{folder}: exists and is no sample; --overwrite replaces samples only; "

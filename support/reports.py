@@ -50,7 +50,7 @@ def text_files(folder):
 
 def texts_asked(prompt, reports, otherwise):
     """What sample.py was asked for.   prompt: --prompt or None   reports: files and folders of them   otherwise: the
-    name of a sample without text   -> list of (name, text or None)"""
+    name of a sample without text   -> list of (name, text, None or, of a report that cannot be read, the error)"""
     if prompt is not None and reports:
         raise ValueError("--prompt and --report; one text a sample is needed; give one of them")
     if prompt is not None:
@@ -68,7 +68,14 @@ def texts_asked(prompt, reports, otherwise):
             raise ValueError(f"--report {str(f)!r}: bytes that are no UTF-8; samples are named so; rename the report")
     if reports and not files:
         raise ValueError(f"--report {' '.join(reports)}: no *.txt in it; a report is a text file; check the folder")
-    return [(f.stem, read_report(f)) for f in files] or [(otherwise, None)]
+    return [(f.stem, text_or_error(f)) for f in files] or [(otherwise, None)]
+
+
+def text_or_error(path):
+    try:
+        return read_report(path)
+    except ValueError as e:
+        return e
 
 
 def plain(text):

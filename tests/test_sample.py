@@ -87,6 +87,36 @@ def test_a_seed_is_a_sample_and_reports_count(model, tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_what_cannot_be_made_is_passed_over_and_made_by_resume(model, tmp_path, monkeypatch, fails, capsys):
+    reports, out = tmp_path / "r", tmp_path / "out"
+    reports.mkdir()
+    for i in range(4):
+        (reports / f"{i}.txt").write_text(f"Findings: There is {i}.\nImpression: {i}.")
+    (reports / "1.txt").write_text("")
+    noise = sample.ddim_sample
+    monkeypatch.setattr(sample, "ddim_sample", lambda f, x, *_: noise(f, x, *_) / (0 if len(made()) == 1 else 1))
+
+    def made():
+        return sorted(p.name for p in out.glob("*"))
+
+    asked = [*QUICK, "--stop-at-low", "--model", model, "--report", reports, "--out", out]
+    code, err = fails(sample.main, *asked)
+    assert code == 1 and made() == ["0"] and err.count("error:") == 1
+    assert "3 sample(s) not made" in err and "1.txt: no words" in err and "seed 2: the sample is not finite" in err
+    monkeypatch.undo()
+    (reports / "1.txt").write_text("Findings: There is 1.\nImpression: 1.")
+    before = (out / "0/sample.json").stat().st_mtime_ns
+    run(model, out, "--stop-at-low", "--report", reports, "--resume")
+    assert made() == ["0", "1", "2", "3"] and (out / "0/sample.json").stat().st_mtime_ns == before
+    run(model, tmp_path / "alone", "--stop-at-low", "--report", reports / "2.txt", "--seed", 2)
+    assert np.array_equal(volume(out / "2"), volume(tmp_path / "alone/2"))
+    run(model, out, "--stop-at-low", "--report", reports, "--resume")
+    assert "nothing is missing" in capsys.readouterr().out
+    code, err = fails(sample.main, *asked, "--resume", "--seed", 9)
+    assert code == 2 and "was not made from this text with seed 9" in err
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_every_mask_may_be_fixed_and_a_ct_is_segmented(model, tmp_path):
     rng, shape = np.random.default_rng(0), (32, 32, 32)
     masks = {c: rng.integers(0, top, shape).astype(np.uint8) for c, top in (("lobe", 6), ("airway", 2), ("vessel", 2))}

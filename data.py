@@ -21,10 +21,11 @@ from tqdm import tqdm
 from support.anatomy import faults_of_masks, faults_of_places, field_of_view, judge
 from support.checks import array_of, complete, faults, load_channel, one_size
 from support.cli import Parser, check_center, exits
-from support.files import whole_folder
+from support.files import hashes, whole_folder
 from support.nifti import resample, save_nifti
 from support.pictures import picture
 from support.reports import patient, read_report
+from support.splits import held_out_patients
 
 CHANNELS = ("ct", "lobe", "airway", "vessel")
 MASKS = CHANNELS[1:]
@@ -74,8 +75,7 @@ def to_model(paths, grid, center=None, as_is=False):
     volume's   as_is: masks that do not fit are warned of, not refused   -> {name: (D,H,W) int16 or uint8}, center
     """
     volumes = {name: load_channel(name, path) for name, path in paths.items()}
-    said = ", ".join(map(str, paths.values()))
-    judge(said, faults_of_places(volumes), [], as_is)
+    judge(paths.values(), faults_of_places(volumes), [], as_is)
     center = field_of_view(volumes, paths, FOV, center)
     A, out = grid_affine(grid, center), {}
     for name, (array, affine) in volumes.items():
@@ -85,7 +85,7 @@ def to_model(paths, grid, center=None, as_is=False):
         if (out[name] == fill).all():
             raise ValueError(f"{paths[name]}: no voxel of it lies in the field of view around {np.round(center)}; "
                              "it belongs to another place; pass --center")
-    judge(said, *faults_of_masks(**out), as_is)
+    judge(paths.values(), *faults_of_masks(**out), as_is)
     return out, tuple(float(c) for c in center)
 
 
@@ -112,7 +112,7 @@ def write_case(folder, ct, lobe, airway, vessel, report, meta):
         for name, a in {**arrays, "low": downsample(arrays).astype(np.float16)}.items():
             np.save(part / f"{name}.npy", np.ascontiguousarray(a))
         (part / "report.txt").write_text(report.strip() + "\n", encoding="utf-8")
-        (part / "case.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (part / "case.json").write_text(json.dumps(meta | dict(sha256=hashes(part)), indent=1) + "\n")
 
 
 def cases(folder):
@@ -120,11 +120,11 @@ def cases(folder):
     return sorted(p.parent for p in Path(folder).glob("*/ct.npy") if not p.parent.name.startswith("."))
 
 
-def split_cases(folder, holdout):
-    """-> case folders to train on, those held out: the last `holdout` by name. A patient is on one side only."""
+def split_cases(folder, holdout, out=""):
+    """-> case folders to train on, up to `holdout` of those that split.json holds out. A patient is on one side."""
     folders = cases(folder)
-    held_out = folders[max(0, len(folders) - holdout):]
-    apart = {patient(f) for f in held_out}
+    apart = held_out_patients(folder, folders, holdout, out)
+    held_out = [f for f in folders if patient(f) in apart][-holdout:] if holdout else []
     training = [f for f in folders if patient(f) not in apart]
     if not training:
         raise ValueError(f"{folder}: {len(folders)} cases, {holdout} to be held out, with their patients' others; "

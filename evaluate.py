@@ -63,7 +63,7 @@ def read(case, name, segment="none", as_is=False):
         way = "segment the CT first" + (", or pass --segment totalseg" if segment == "none" else "")
         raise ValueError(f"{folder}: no {name}.nii.gz; this measurement needs it; {way}")
     if name in ("lobe", "lung"):
-        judge(f"{folder}/{name}", *faults_of_masks(lobe=found[0][::-1].transpose(2, 1, 0)), as_is)
+        judge([folder / name], *faults_of_masks(lobe=found[0][::-1].transpose(2, 1, 0)), as_is)
     return found
 
 

@@ -612,6 +612,7 @@ def write_one(job):
         case = make(seed, grid, wording)
         meta = {"source": "phantom", **case["truth"]}
         write_case(folders[0], case["ct"], case["lobe"], case["airway"], case["vessel"], case["report"], meta)
+        meta = read_meta(folders[0])
     for i, folder in enumerate(folders[1:]):
         if folder.exists():
             continue

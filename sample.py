@@ -133,14 +133,14 @@ def anatomy(paths, grid, center, as_is):
     return known, [CHANNELS.index(name) for name in arrays], center
 
 
-def read_texts(args, texts, low_net):
+def read_texts(args, texts, low_net, about):
     """-> {text: context (1,N,width) or None}"""
     contexts = {None: None}
     if any(texts):
         import text_encoder
         own = Path(args.model) / "text"
         source = args.text or (own if own.is_dir() else text_encoder.CXR_BERT)
-        encoder = text_encoder.load(source, tokens=low_net.args["tokens"])
+        encoder = text_encoder.load(source, tokens=low_net.args["tokens"], known=about.get("encoder"))
         if encoder.width != low_net.args["context_dim"]:
             raise ValueError(f"text model {source}: {encoder.width} wide, the weights were trained with "
                              f"{low_net.args['context_dim']}; text and weights belong together; pass --text FOLDER")
@@ -174,7 +174,7 @@ def sample(args):
     print(f"model {args.model} on {args.device}: {grid}^3" + (f" -> {full}^3" if sr_net else ""))
     known, fixed, center = anatomy(paths, full, args.center, args.as_is)
     known = None if known is None else known.to(args.device)
-    contexts = read_texts(args, [text for _, text, _ in names], low_net)
+    contexts = read_texts(args, [text for _, text, _ in names], *stages["low"])
 
     affine = grid_affine(full, center)
     if not sr_net:                                       # voxel i of 64^3 is voxel 4 i of 256^3, not the middle of four

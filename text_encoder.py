@@ -18,9 +18,22 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import cases
-from support.bert import check_new, check_options, from_scratch, hold_out, join, read_model, save, warn
-from support.cli import Parser, choose_device, exits, fast_bfloat16
-from support.files import write_atomic
+from support.bert import (
+    check_identity,
+    check_new,
+    from_scratch,
+    hold_out,
+    identity,
+    join,
+    keep,
+    options,
+    read_model,
+    resume,
+    save,
+    warn,
+    write_text,
+)
+from support.cli import exits, fast_bfloat16
 from support.reports import load_reports, read_report, split_sections
 from support.seeds import mixed
 
@@ -85,9 +98,12 @@ class TextEncoder:
         return self.hidden(ids, kinds, mask).float(), mask.to(self.device)
 
 
-def load(source=CXR_BERT, tokens=TOKENS, device="cpu"):
-    """Folder in transformers layout or hub name -> TextEncoder. ValueError unless it is a whole BERT for N = tokens."""
-    return TextEncoder(*read_model(source, tokens), tokens, device)
+def load(source=CXR_BERT, tokens=TOKENS, device="cpu", known=None):
+    """Folder in transformers layout or hub name -> TextEncoder. ValueError unless it is a whole BERT for N = tokens.
+    known: the name of the encoder that other weights were trained with; another one is warned of"""
+    encoder = TextEncoder(*read_model(source, tokens), tokens, device)
+    check_identity(encoder, source, known)
+    return encoder
 
 
 # --- the two tasks (sec. 4.1) ---
@@ -203,7 +219,7 @@ def train(a):
     out = Path(a.out)
 
     # the reports, those of some subjects held out; what cannot work is refused now, not after the training
-    reports, held_out = hold_out(load_reports(a.reports), a.held_out, seeded(a.seed, 0), a.batch, world)
+    reports, held_out = hold_out(a, load_reports(a.reports), seeded(a.seed, 0), world)
     for r in held_out:
         another_impression(r, held_out, seeded(a.seed, 0))
     check_new(out)
@@ -225,8 +241,9 @@ def train(a):
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, partial(rate, steps=steps))
 
     model.train()
-    recent = deque(maxlen=50)
-    bar = tqdm(range(steps), desc="train text", disable=rank > 0, mininterval=2)
+    state, recent = dict(net=net, opt=opt, schedule=schedule), deque(maxlen=50)
+    begun = resume(out, a, reports, state, device)        # where it stopped, if it has begun
+    bar = tqdm(range(begun, steps), initial=begun, total=steps, desc="train text", disable=rank > 0, mininterval=2)
     for step in bar:
         # a batch: order, swaps, masks and dropout depend on the step, not on the past
         epoch, i = divmod(step, per_epoch)
@@ -256,6 +273,8 @@ def train(a):
         # what a person sees: losses and accuracies, means of the last 50 steps
         recent.append(figures(word_logits, words, pair_logits, paired))
         bar.set_postfix_str("words {:.2f} {:.0%}, pairs {:.2f} {:.0%}".format(*np.mean(recent, 0)), refresh=False)
+        if rank == 0 and (step + 1) % a.save_every == 0:
+            keep(out, a, reports, state, step + 1)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
@@ -286,53 +305,19 @@ def embed(a):
     if locked:
         raise ValueError(f"{locked[0]}: cannot be written; text.npy lies beside report.txt; change its permissions")
     encoder = load(a.model, a.tokens, a.device)
-    packed = encoder.tokenise(texts)
+    packed, name = encoder.tokenise(texts), identity(encoder)
     for i in tqdm(range(0, len(folders), a.batch), desc="embed", unit="batch", mininterval=2):
         f_text = encoder.hidden(*[x[i:i + a.batch] for x in packed]).half().cpu().numpy()      # (b,N,width)
-        for folder, own in zip(folders[i:], f_text):
-            write_atomic(folder / "text.npy", partial(np.save, arr=own))
+        for folder, text, own in zip(folders[i:], texts[i:], f_text):
+            write_text(folder, own, text, name)
     print(f"wrote text.npy, ({a.tokens},{encoder.width}) float16, in {len(folders)} cases of {a.data}")
 
 
 # --- command line ---
 
-def option(group, name, kind, default, help):
-    group.add_argument(f"--{name}", type=kind, default=default, help=f"{help} (default %(default)s)")
-
-
 def main(argv=None):
-    p = Parser(description=__doc__)
-    commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("train", help="fine-tune on reports (sec. 4.1, 4.6)", description="Fine-tune on reports.")
-    titles = "what goes in and out", "tasks and optimisation", "the BERT from scratch", "machine"
-    files, tasks, scratch, machine = map(c.add_argument_group, titles)
-    files.add_argument("--reports", action="append", required=True,
-                       help="folder of cases, folder of .txt, .txt or .jsonl; may be repeated")
-    files.add_argument("--out", required=True, help="new folder for the model, in transformers layout")
-    start = files.add_mutually_exclusive_group()
-    option(start, "base", str, CXR_BERT, "where to start: hub name or local folder (sec. 4.1)")
-    start.add_argument("--scratch", action="store_true", help="a small random BERT with its own vocabulary, for toys")
-    option(tasks, "epochs", int, 5, "passes over the reports (sec. 4.6)")
-    option(tasks, "steps", int, 0, "optimizer steps; 0: what --epochs makes")
-    option(tasks, "lr", float, 0, "highest learning rate; 0: 5e-5, or 1e-3 from scratch; not in the paper")
-    option(tasks, "kept", float, 0.0, "share of the masked words that stay as they are; 0 is the paper's")
-    option(tasks, "held-out", float, 0.1, "share of subjects set apart for the final figures")
-    option(tasks, "seed", int, 0, "decides held-out subjects, order, swaps, masks and first weights")
-    for name, default in dict(width=128, layers=4, heads=4, vocab=2000, dropout=0.1).items():
-        option(scratch, name, type(default), default, f"{name} of the BERT from scratch")
-
-    e = commands.add_parser("embed", help="report.txt -> text.npy", description="Every case's report.txt -> text.npy.")
-    read, used = map(e.add_argument_group, (titles[0], titles[-1]))
-    read.add_argument("data", help="folder of cases")
-    read.add_argument("--model", required=True, help="text model: folder or hub name")
-    for given, work, held in (files, tasks, machine), (read, used, used):
-        option(given, "tokens", int, TOKENS, "N, tokens of a report; released code")
-        option(work, "batch", int, 32, "reports a step, over all processes; not in the paper")
-        held.add_argument("--device", choices=("cuda", "cpu"), help="default whichever is there")
     with exits():
-        a = p.parse_args(argv)
-        a.device = choose_device(a.device)
-        check_options(a)
+        a = options(argv, __doc__, CXR_BERT, TOKENS)
         {"train": train, "embed": embed}[a.command](a)
 
 

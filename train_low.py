@@ -30,7 +30,7 @@ from support.fast import compile_blocks, recompute
 from support.options import arg, parse
 from support.pictures import picture
 from support.seeds import mixed
-from support.weights import begin_from, export, sources_of
+from support.weights import begin_from, describe, export
 from unet3d import Block, Round, UNet3D
 
 DEMO = dict(dim=16, levels=3, heads=4, batch=4, micro=4, lr=1e-3, steps=7000, ema=0.995, ema_start=1000, holdout=32,
@@ -93,7 +93,7 @@ class Config(Common):
 
 def low_data(cfg):
     """-> Cases to train on, Cases held out or None"""
-    folders, held_out = split_cases(cfg.data, cfg.holdout)
+    folders, held_out = split_cases(cfg.data, cfg.holdout, cfg.out)
     dataset, (of_depth, of_plane) = Cases(folders, cfg.seed), cfg.multiples()
     if dataset.grid % of_plane:
         raise ValueError(f"{cfg.data}: its low-resolution volumes are {dataset.grid}^3, and {cfg.levels} levels halve "
@@ -153,7 +153,9 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
     opt = optimizer(cfg, net, world)
 
     # where the run stopped, if it has begun
-    trained_on = dict(cases=[folder.name for folder in dataset.folders], grid=dataset.grid, args=net.args)
+    about = describe(dataset.folders)
+    trained_on = dict(cases=[folder.name for folder in dataset.folders], grid=dataset.grid, args=net.args,
+                      encoder=about["encoder"])
     step, state = 0, runs.load_checkpoint(cfg, trained_on)
     if state:
         step = state["step"]
@@ -190,9 +192,9 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
 
     log, smooth, last = runs.Log(out / "loss.csv", rank), None, step >= cfg.steps
     bar = tqdm(total=cfg.steps, initial=step, desc=f"train {cfg.kind}", disable=rank > 0, mininterval=2)
-    weights, source = out / f"{cfg.kind}.safetensors", sources_of(dataset.folders)
+    weights = out / f"{cfg.kind}.safetensors"
     if last and rank == 0:                               # a run that was killed before its last export
-        export(weights, cfg, ema, dataset.grid, step, len(dataset), source)
+        export(weights, cfg, ema, dataset.grid, step, about)
 
     while not last:
         # forward and backward, accumulated over micro-batches (sec. 4.6); GPUs sum their gradients at the last
@@ -229,7 +231,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
         if saving and cfg.zero and world > 1:
             runs.gather_shares(opt, rank, world)
         if rank == 0 and saving:                         # the checkpoint last: a run killed before it redoes the rest
-            export(weights, cfg, ema, dataset.grid, step, len(dataset), source)
+            export(weights, cfg, ema, dataset.grid, step, about)
             log.write()
             state = dict(net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict())
             runs.save_checkpoint(out, dict(kind=cfg.kind, step=step, config=asdict(cfg), **trained_on, **state))

@@ -47,7 +47,7 @@ class Config(Common):
 def sr_data(cfg):
     """Crops of the training cases and of those held out."""
     crop = crop_of(cfg.crop, *cfg.multiples())
-    folders, held_out = split_cases(cfg.data, cfg.holdout)
+    folders, held_out = split_cases(cfg.data, cfg.holdout, cfg.out)
     dataset = Cases(folders, cfg.seed, crop)
     one_size(folders[:1] + held_out, ("low",))
     return dataset, Cases(held_out, cfg.seed, crop) if held_out else None

@@ -81,8 +81,9 @@ def faults_of_places(volumes):
     return found
 
 
-def judge(said, faults, doubts, as_is):
+def judge(paths, faults, doubts, as_is):
     """ValueError for faults, unless the user insists; doubts are warned of."""
+    said = ", ".join(map(str, paths))
     if faults and not as_is:
         raise ValueError(f"{said}: {'; '.join(faults)}; CT and masks are one patient's, in one place; mend affine or "
                          "labels, or insist with --as-is (situs inversus, a lung removed)")

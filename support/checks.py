@@ -1,10 +1,15 @@
 """Checks of what comes in: masks and HU of a NIfTI, the arrays of case folders. Each error says what mends it."""
+import contextlib
+import hashlib
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from support.anatomy import fault_of_hu, faults_of_masks
+from support.files import read_json, sha256, write_atomic
 from support.nifti import load_nifti
 from support.reports import read_report
 
@@ -75,6 +80,8 @@ def complete(folders, names, stage):
                 way = f"python text_encoder.py embed {case.parent} --model runs/text"
             files = ", ".join(f"{name}.npy" for name in lacking)
             raise ValueError(f"{case}: no {files}; stage {stage} needs them; run {way}")
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:                        # one process of a machine reads for all
+        check_once(folders, names)
 
 
 def enough(edge):
@@ -94,6 +101,32 @@ def crop_of(text, cube, step):
                          "write --crop 256,80,80")
     enough(min(crop) // cube)
     return crop
+
+
+def changed(case, names=TYPES):
+    """Arrays of a case, of these names, that are not as written, by the hashes in case.json and text.json.
+    -> list of file names"""
+    written = read_json(case / "case.json").get("sha256", {}) | read_json(case / "text.json").get("sha256", {})
+    files = [f"{name}.npy" for name in names if (case / f"{name}.npy").is_file()]
+    return [file for file in files if sha256(case / file) != written.get(file, sha256(case / file))]
+
+
+def check_once(folders, names):
+    """ValueError if an array of these names is not what was written. What was checked before, and has the same size
+    and time since, is not read again: `.checked.json` beside the cases."""
+    record = folders[0].parent / ".checked.json" if folders else Path()
+    known, now = read_json(record), {}
+    for case in folders:
+        files = [p for name in names if (p := case / f"{name}.npy").is_file()]
+        now |= {f"{p.parent.name}/{p.name}": [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+    new = {case for case in folders if any(known.get(k) != v for k, v in now.items() if k.startswith(f"{case.name}/"))}
+    for case in sorted(new):
+        if wrong := changed(case, names):
+            raise ValueError(f"{case}: {', '.join(wrong)} not as written (the hash differs); a disk or a copy damaged "
+                             f"it; prepare or embed the case again; see python data.py check {case.parent}")
+    if new:
+        with contextlib.suppress(OSError):                               # a folder that others may only read
+            write_atomic(record, json.dumps(known | now).encode())
 
 
 def faults(case, low_of):
@@ -119,24 +152,23 @@ def faults(case, low_of):
     elif "low" in shapes and shapes["low"] != (len(FULL), *(n // 4 for n in grid)):
         found.append(f"low.npy is {shapes['low']} for a grid of {grid}: prepare the case again")
     elif not found:
-        if not as_is(case):
+        if not read_json(case / "case.json").get("as_is"):
             found += [f"{fault}: prepare the case again, insist there with --as-is"
                       for fault in faults_of_masks(**{name: arrays[name] for name in FULL})[0]]
         if not np.allclose(low_of(arrays), arrays["low"], atol=2e-3):
             found.append("low.npy is not every fourth voxel of the full arrays: prepare the case again")
+    found += [f"{name} is not as written (its hash differs): prepare or embed the case again" for name in changed(case)]
     try:
-        read_report(case / "report.txt")
+        embedded = read_json(case / "text.json").get("report")
+        if embedded not in (None, text_hash(read_report(case / "report.txt"))):
+            found.append("report.txt changed since it was embedded: run text_encoder.py embed")
     except ValueError as e:
         found.append(str(e))
     return found
 
 
-def as_is(case):
-    """Whether a case was prepared with --as-is."""
-    try:
-        return bool(json.loads((case / "case.json").read_text()).get("as_is"))
-    except (OSError, ValueError, AttributeError):
-        return False
+def text_hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def faults_of_values(name, a, dtype):

@@ -1,9 +1,13 @@
-"""Files and folders that appear whole or not at all, and safetensors with what they say about themselves."""
+"""Files and folders that appear whole or not at all, and whose hashes are written beside them; safetensors with what
+they say about themselves."""
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+
+import torch
 
 
 def write_atomic(path, data):
@@ -44,9 +48,36 @@ def whole_folder(folder, overwrite=False):
         shutil.rmtree(part, ignore_errors=True)
 
 
+def read_json(path):
+    """A file's dict; {} if there is none."""
+    try:
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def sha256(path):
+    """Of a file's bytes.   -> hex"""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hashes(folder):
+    """-> {name: sha256} of a folder's arrays"""
+    return {p.name: sha256(p) for p in sorted(folder.glob("*.npy"))}
+
+
+def digest(state, names=True):
+    """Of tensors, by name, or whatever their names.   -> hex"""
+    parts = {name: hashlib.sha256(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+             for name, x in state.items()}
+    return hashlib.sha256(str(sorted(parts.items() if names else parts.values())).encode()).hexdigest()
+
+
 def read_safetensors(path):
-    """Weights, ours or others'.   -> state dict, what `runs.export` says about them (kind, args, grid, step,
-    provenance; {} for others')"""
+    """Weights, ours or others'.   -> state dict, what `weights.export` says about them (kind, args, grid, step,
+    provenance, sha256; {} for others'). ValueError if they are not what was written."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as f:
@@ -60,4 +91,7 @@ def read_safetensors(path):
     if about != {} and not whole:
         raise ValueError(f"{path}: describes itself as no network of this project; "
                          "weights that a trainer wrote are needed; name another file")
+    if digest(state) != about.get("sha256", digest(state)):
+        raise ValueError(f"{path}: its tensors are not as written (the hash differs); a disk or a download damaged it; "
+                         "fetch it again")
     return state, about

@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from support.cli import is_text
+from support.files import read_json
 
 Report = namedtuple("Report", "subject findings impression")
 MAX_BYTES = 1 << 20               # of one report
@@ -115,8 +116,9 @@ def split_run_together(text):
 
 
 def patient(folder):
-    """Whose case a folder is: its name before `_text`, as phantom.py --texts makes several cases of one chest."""
-    return folder.name.split("_text")[0]
+    """Whose case a folder is: as case.json says, else its name before `_text`, as phantom.py --texts makes several
+    cases of one chest."""
+    return read_json(folder / "case.json").get("patient") or folder.name.split("_text")[0]
 
 
 def load_reports(paths):

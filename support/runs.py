@@ -169,9 +169,9 @@ def check_configuration(path, state, cfg):
 
 
 def check_cases(state, cfg, trained_on):
-    """ValueError if a checkpoint was trained on other cases, another grid or another network."""
+    """ValueError if a checkpoint was trained on other cases, another grid, text encoder or network."""
     then, now = ({**which, "args": without_idle(which["args"])} for which in ({**trained_on, **state}, trained_on))
-    differing = [k for k in trained_on if then[k] != now[k]]
+    differing = [k for k in trained_on if then[k] != now[k] and None not in (then[k], now[k])]    # None: not known
     if differing:
         raise ValueError(
             f"{cfg.data}: {len(trained_on['cases'])} cases to train on, which differ in {', '.join(differing)} from "

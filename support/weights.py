@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from support.files import read_safetensors, write_atomic
+from support.files import digest, read_json, read_safetensors, write_atomic
 from support.released import from_released, read_released
 
 # Options and arguments of networks that the paper does not have, at the values where they do nothing.
@@ -41,30 +41,30 @@ def beyond(name):
 
 # --- written ---
 
-def export(path, cfg, ema, grid, step, n, source):
+def export(path, cfg, ema, grid, step, trained_on):
     """EMA weights for sample.py: safetensors in float16, with the constructor's arguments and provenance in the
-    metadata; beside them, in sampling.json, how they want to be sampled.   n: cases that they were trained on
-    source: what these are, `sources_of`"""
+    metadata; beside them, in sampling.json, how they want to be sampled.   trained_on: `describe` of the cases"""
     program = Path(sys.argv[0])
     program = f"-m beyond.{program.stem}" if program.parent.name == "beyond" else program.name
     command = " ".join(["python", program, *sys.argv[1:]])
-    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step, source=source,
-                 provenance=dict(command=command, cases=n, config=asdict(cfg)))
     weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
+    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step, sha256=digest(weights),
+                 source=trained_on["source"], encoder=trained_on["encoder"],
+                 provenance=dict(command=command, cases=trained_on["cases"], config=asdict(cfg)))
     write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
     write_atomic(path.with_name("sampling.json"), (json.dumps(cfg.sampling()) + "\n").encode())
 
 
-def sources_of(folders):
-    """What cases are, by their case.json.   -> sorted list of "phantom", "patient" """
-    found = set()
-    for case in folders:
-        try:
-            meta = json.loads((case / "case.json").read_text())
-        except (OSError, ValueError):
-            meta = None
-        found.add("phantom" if isinstance(meta, dict) and meta.get("source") == "phantom" else "patient")
-    return sorted(found)
+def describe(folders):
+    """Cases, by what lies beside their arrays.   -> dict: cases, how many; source, "phantom" or "patient" or both;
+    encoder, the hash of the text encoder that embedded them, None if none says. ValueError if it is not one"""
+    metas = [read_json(case / "case.json") for case in folders]
+    encoders = {read_json(case / "text.json").get("encoder"): case for case in folders}
+    if len(encoders) > 1:
+        seen = " and ".join(f"{case} by {name or 'one without a name'}" for name, case in list(encoders.items())[:2])
+        raise ValueError(f"text embedded by different encoders, {seen}; one is needed; embed all again")
+    return dict(cases=len(folders), encoder=next(iter(encoders), None),
+                source=sorted({"phantom" if meta.get("source") == "phantom" else "patient" for meta in metas}))
 
 
 # --- read ---

@@ -25,6 +25,14 @@ def phantoms(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def without_split(request):
+    """Who is held out by one test is not by the next."""
+    yield
+    if "phantoms" in request.fixturenames:
+        (request.getfixturevalue("phantoms") / "split.json").unlink(missing_ok=True)
+
+
 @pytest.fixture
 def fails(capsys):
     """Runs a command that must end with an error.   -> its exit code, what it wrote to stderr"""
@@ -42,7 +50,7 @@ def model(tmp_path_factory):
     import text_encoder
     import train_low
     import train_sr
-    from support.weights import export
+    from support.weights import describe, export
     from unet3d import UNet3D
     folder = tmp_path_factory.mktemp("model")
     reports = folder / "reports"
@@ -58,7 +66,8 @@ def model(tmp_path_factory):
     sr = UNet3D(8, in_channels=8, heads=1, rounds=1, levels=2, context_dim=0)
     for cfg, net, grid in ((train_low.Config(), low, 8), (train_sr.Config(), sr, 32)):
         (folder / cfg.kind).mkdir()
-        export(folder / cfg.kind / f"{cfg.kind}.safetensors", cfg, net, grid, 1, 1, ["phantom"])
+        export(folder / cfg.kind / f"{cfg.kind}.safetensors", cfg, net, grid, 1,
+               describe([]) | dict(source=["phantom"]))
     return folder
 
 

@@ -371,9 +371,52 @@ def test_a_chest_is_trained_on_or_held_out(phantoms, tmp_path):
     train, held_out = split_cases(tmp_path, 2)
     assert [f.name for f in train] == ["a", "a_text1", "a_text2"]
     assert [f.name for f in held_out] == ["b_text1", "b_text2"]
+    (tmp_path / "split.json").unlink()
     for holdout in (4, 9):
         with pytest.raises(ValueError, match="a trainer needs cases"):
             split_cases(tmp_path, holdout)
+        assert not (tmp_path / "split.json").exists()
+
+
+def test_one_split_holds_for_all_who_read_the_folder(phantoms, tmp_path):
+    def add(*names):
+        for name in names:
+            shutil.copytree(data.cases(phantoms)[0], tmp_path / name)
+
+    def names(split):
+        return [[f.name for f in part] for part in split]
+
+    add("a", "b", "c", "c_text1")
+    assert names(split_cases(tmp_path, 1)) == [["a", "b"], ["c_text1"]]
+    assert json.loads((tmp_path / "split.json").read_text()) == {"held_out": ["c"], "seed": None}
+    add("d")                                                             # who comes later is for training
+    assert names(split_cases(tmp_path, 3)) == [["a", "b", "d"], ["c", "c_text1"]]
+    assert names(split_cases(tmp_path, 0)) == [["a", "b", "c", "c_text1", "d"], []]
+    meta = json.loads((tmp_path / "a/case.json").read_text())
+    (tmp_path / "a/case.json").write_text(json.dumps(meta | dict(patient="c")))
+    assert names(split_cases(tmp_path, 9)) == [["b", "d"], ["a", "c", "c_text1"]]
+
+    (tmp_path / "run").mkdir()                                           # a run that was begun before there was one
+    torch.save(dict(cases=["a", "b", "c", "c_text1"]), tmp_path / "run/last.pt")
+    assert names(split_cases(tmp_path, 1, tmp_path / "run")) == [["a", "b", "c", "c_text1"], ["d"]]
+    (tmp_path / "split.json").write_text("{}")
+    with pytest.raises(ValueError, match="split.json: no split"):
+        split_cases(tmp_path, 1)
+
+
+def test_a_flipped_bit_of_a_case_is_seen_by_check_and_once_by_a_trainer(phantoms, tmp_path, capsys):
+    case = tmp_path / "case"
+    shutil.copytree(data.cases(phantoms)[0], case)
+    Cases([case], 0)
+    raw = bytearray((case / "low.npy").read_bytes())
+    raw[-7] ^= 1
+    (case / "low.npy").write_bytes(raw)
+    for names in ((), (16, 16, 16)):                                     # both stages read it
+        with pytest.raises(ValueError, match="case: low.npy not as written"):
+            Cases([case], 0, names or None)
+    with pytest.raises(SystemExit):
+        data.main(["check", str(tmp_path)])
+    assert "low.npy is not as written (its hash differs)" in capsys.readouterr().out
 
 
 # --- the endless sequence ---

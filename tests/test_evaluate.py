@@ -20,7 +20,7 @@ from support.features import ResNet50, feature_net, features
 from support.files import read_safetensors
 from support.nifti import save_nifti
 from support.segment import load_mask, structure
-from support.weights import sources, sources_of
+from support.weights import describe, sources
 
 TURN = nibabel.eulerangles.euler2mat(0.2, -0.1, 0.3)
 
@@ -332,7 +332,7 @@ def test_a_case_that_cannot_be_measured_is_named_and_passed_over(folders, tmp_pa
 
 def test_thresholds_of_phantoms_are_refused_for_weights_of_others(model, tmp_path, monkeypatch, fails):
     assert sources(model) == ["phantom"] == sources(Path(__file__).parent.parent / "checkpoints/demo")
-    assert sources_of([tmp_path]) == ["patient"]
+    assert describe([tmp_path])["source"] == ["patient"]
     other = tmp_path / "other"
     shutil.copytree(model, other)
     state, about = read_safetensors(other / "low/low.safetensors")

@@ -20,7 +20,7 @@ from data import CHANNELS, grid_affine
 from support.nifti import save_nifti
 from support.options import parse
 from support.sampling import how_to_sample, implied
-from support.weights import export, load_stages
+from support.weights import describe, export, load_stages
 from unet3d import UNet3D
 
 QUICK = ["--low-steps", "2", "--sr-steps", "2", "--device", "cpu"]
@@ -260,7 +260,7 @@ def test_a_broken_file_is_one_line_and_nothing_is_written(words, told, tmp_path,
 
 def test_weights_without_the_file_are_sampled_as_their_metadata_imply_which_is_said(told, monkeypatch, capsys):
     sr = load_stages(told, UNet3D)["sr"][0]
-    export(told / "sr.safetensors", beyond.train_sr.Config(preset="demo"), sr, 32, 1, 1, [])
+    export(told / "sr.safetensors", beyond.train_sr.Config(preset="demo"), sr, 32, 1, describe([]))
     (told / "sampling.json").unlink()
     s = how(monkeypatch, told)
     assert s["beyond"] == ["agree", "tidy"] and {k: s[k] for k in PAPER} == {**PAPER, "guidance": 2.0}
@@ -437,7 +437,7 @@ def bad(model, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / "low.safetensors").write_bytes(content)
     net = UNet3D(8, in_channels=8, heads=1, rounds=1, levels=2, context_dim=0)
-    export(tmp_path / "unlike/sr.safetensors", train_sr.Config(), net, 64, 1, 1, [])           # stage 1 makes 8^3
+    export(tmp_path / "unlike/sr.safetensors", train_sr.Config(), net, 64, 1, describe([]))    # stage 1 makes 8^3
     about = dict(kind="low", args={**net.args, "dim": 16}, grid=8, provenance={})
     (tmp_path / "torn").mkdir()
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp_path / "torn/low.safetensors",

@@ -1,5 +1,6 @@
 """The plumbing: how programs end, options as they may be typed, files that appear whole or not at all."""
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,14 @@ def test_wrong_input_ends_with_2_a_failure_with_1_and_an_interrupt_with_130(erro
     assert e.value.code == code and capsys.readouterr().err == words + "\n"
 
 
-def test_an_error_of_our_own_is_not_hidden():
-    with pytest.raises(AssertionError), exits():
-        raise AssertionError
+def test_an_error_of_our_own_is_not_hidden(capsys):
+    with pytest.raises(SystemExit) as e, exits():
+        raise AssertionError("it should not")
+    line = capsys.readouterr().err
+    assert e.value.code == 1 and line.startswith("error: AssertionError: it should not; this is a defect")
+    report = Path(line.split()[-1])
+    assert 'raise AssertionError("it should not")' in report.read_text()
+    report.unlink()
 
 
 def parser():

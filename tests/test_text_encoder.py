@@ -1,6 +1,7 @@
 """Claims about the text encoder, on CPU and offline, with a BERT of 32 numbers and 2 layers."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import text_encoder as te
+import train_low
+from support.files import read_safetensors
 from support.reports import Report, split_run_together
 
 FACTS = {"effusion": ("fluid lies behind the {} lung", "{} effusion"),
@@ -265,6 +269,86 @@ def test_broken_models_are_refused(folder, encoder, tmp_path):
         te.load(tmp_path / "m")
     with pytest.raises(ValueError, match="takes 8 to 512"):
         te.load(folder, tokens=600)
+
+
+def test_a_changed_report_and_another_encoder_are_seen(phantoms, folder, tmp_path, fails, capsys):
+    cases = tmp_path / "cases"
+    shutil.copytree(phantoms, cases)
+    te.main(["embed", str(cases), "--model", str(folder), "--tokens", "32"])
+    data.main(["check", str(cases)])
+    one = data.cases(cases)[1]
+    (one / "report.txt").write_text("Findings: Other.\nImpression: Other.")
+    assert fails(data.main, "check", cases)[0] == 2
+    te.main(["embed", str(cases), "--model", str(folder), "--tokens", "32"])
+    data.main(["check", str(cases)])
+
+    name = json.loads((one / "text.json").read_text())["encoder"]
+    assert name == te.identity(te.load(folder, 32)) != te.identity(te.load(folder, 24))
+    capsys.readouterr()
+    te.load(folder, 32, known=name)
+    assert capsys.readouterr().err == ""
+    te.load(folder, 24, known=name)
+    assert "is not the one that these weights were trained with" in capsys.readouterr().err
+
+    run = ["--preset", "demo", "--device", "cpu", "--dim", "8", "--levels", "2", "--heads", "1", "--batch", "2",
+           "--micro", "2", "--workers", "0", "--holdout", "0", "--data", str(cases), "--out", str(tmp_path / "low")]
+    train_low.main([*run, "--steps", "1"])
+    assert read_safetensors(tmp_path / "low/low.safetensors")[1]["encoder"] == name
+    assert torch.load(tmp_path / "low/last.pt", weights_only=True)["encoder"] == name
+    about = json.loads((one / "text.json").read_text())
+    (one / "text.json").write_text(json.dumps(about | dict(encoder="other")))
+    code, said = fails(train_low.main, *run, "--steps", 2)
+    assert code == 2 and "text embedded by different encoders" in said
+    for case in data.cases(cases):
+        (case / "text.json").write_text(json.dumps(about | dict(encoder="other", sha256={})))
+    code, said = fails(train_low.main, *run, "--steps", 2)
+    assert code == 2 and "which differ in encoder" in said
+
+
+SCRATCH = ["train", "--scratch", "--width", "16", "--layers", "1", "--heads", "2", "--steps", "7", "--batch", "4",
+           "--tokens", "32", "--held-out", "0.3", "--device", "cpu"]
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypatch, fails):
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    for i in range(20):
+        (reports / f"{i}.txt").write_text(f"Findings: There is {i} and nothing else.\nImpression: Number {i}.")
+    asked = [*SCRATCH, "--reports", str(reports), "--out"]
+    te.main([*asked, str(tmp_path / "whole")])
+
+    keep = te.keep
+
+    def stop(*args):
+        keep(*args)
+        if args[-1] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(te, "keep", stop)
+    code, _ = fails(te.main, *asked, tmp_path / "parts", "--save-every", 2)
+    assert code == 130 and [p.name for p in (tmp_path / "parts").iterdir()] == ["last.pt"]
+    code, said = fails(te.main, *asked, tmp_path / "parts", "--seed", 1)
+    assert code == 2 and "with other options or reports" in said
+    monkeypatch.undo()
+    te.main([*asked, str(tmp_path / "parts"), "--save-every", "3"])
+    assert not (tmp_path / "parts/last.pt").exists()
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_text_encoder_holds_out_whom_the_split_holds_out(phantoms, tmp_path):
+    cases = tmp_path / "cases"
+    for i, case in enumerate(data.cases(phantoms) * 3):
+        shutil.copytree(case, cases / f"p{i:02d}")
+        (cases / f"p{i:02d}/report.txt").write_text(f"Findings: There is {i}.\nImpression: Number {i}.")
+    te.main([*SCRATCH, "--reports", str(cases), "--out", str(tmp_path / "first")])
+    drawn = json.loads((cases / "split.json").read_text())["held_out"]   # it was the first to read the folder
+    assert len(drawn) == 4
+    training, held_out = data.split_cases(cases, 99)
+    assert sorted(f.name for f in held_out) == drawn and len(training) == 11
+    (tmp_path / "s.json").write_text(json.dumps(dict(held_out=["p00", "p01", "p02"])))
+    te.main([*SCRATCH, "--reports", str(cases), "--split", str(tmp_path / "s.json"), "--out", str(tmp_path / "second")])
+    assert json.loads((tmp_path / "second/text_training.json").read_text())["held_out_reports"] == 3
 
 
 def test_a_hub_that_does_not_answer_is_said_within_seconds(monkeypatch):

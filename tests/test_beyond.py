@@ -542,6 +542,7 @@ def test_a_run_on_cubes_begins_from_weights_on_voxels(phantoms, tmp_path, fails)
         assert code == 2 and "'patch': 2" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_weights_with_pooled_text_are_not_warmed_up_again_and_not_begun_from_without(phantoms, tmp_path, monkeypatch,
                                                                                      fails):
     asked = []
@@ -581,6 +582,7 @@ def test_a_run_with_tricks_is_refused_by_name_in_the_methods_trainer_and_goes_on
     assert weights(tmp_path / "a")["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_run_of_stage_2_with_tricks_is_refused_by_name_in_the_methods_trainer(phantoms, tmp_path, fails):
     args = [*TINY, *CROP, "--data", str(phantoms), "--out", str(tmp_path), "--steps", "1"]
     beyond.train_sr.main([*args, "--cool", "0"])
@@ -593,6 +595,7 @@ def test_a_run_of_stage_2_with_tricks_is_refused_by_name_in_the_methods_trainer(
     assert weights(tmp_path)["step"] == 2
 
 
+@pytest.mark.slow
 def test_an_old_run_without_tricks_goes_on_in_the_methods_trainer_to_the_bit(phantoms, tmp_path):
     low(phantoms, tmp_path / "a", "--steps", 1, *PLAIN)                  # old ones say so: pooled False, windows 0
     state = weights(tmp_path / "a")
@@ -603,6 +606,7 @@ def test_an_old_run_without_tricks_goes_on_in_the_methods_trainer_to_the_bit(pha
     assert same(weights(tmp_path / "a"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_method_may_be_given_loose_tricks_and_no_others(phantoms, tmp_path, fails):
     train_low.main([*TINY, "--data", str(phantoms), "--out", str(tmp_path), "--steps", "1"])
     args = [*TINY_BEYOND, *PLAIN, "--data", phantoms, "--out", tmp_path, "--steps", 2]

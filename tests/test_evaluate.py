@@ -61,6 +61,7 @@ def test_a_spheres_volume_is_right_on_any_grid():
         assert volume_mm3(ellipsoid(A, 30), A) == pytest.approx(4 / 3 * np.pi * 30**3, rel=0.01)
 
 
+@pytest.mark.slow
 def test_two_ellipsoids_ratio_is_right_on_any_grid():
     for A in affines():
         heart, thorax = ellipsoid(A, (26, 20, 20), (5, 0, -4)), ellipsoid(A, (44, 30, 44))
@@ -272,7 +273,7 @@ if task == "total":
     return case
 
 
-@pytest.mark.parametrize("layout", ["old", "new"])
+@pytest.mark.parametrize("layout", [pytest.param("old", marks=pytest.mark.slow), "new"])
 def test_an_external_segmenter_makes_the_masks_of_this_very_ct(segmenter, folders, tmp_path, monkeypatch, layout):
     monkeypatch.setenv("LAYOUT", layout)
     truth = json.loads((folders / "ill/case0/truth.json").read_text())

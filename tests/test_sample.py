@@ -342,6 +342,7 @@ def test_stage_2_agrees_with_stage_1_if_asked_to(model, tmp_path):
     assert np.array_equal(plain, no) and apart(agreeing) < apart(no) - 40
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_lobes_are_tidied_if_asked_to_unless_they_are_given(model, airway, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "tidy_lobes", lambda x, tolerance=0, reach=0: torch.full_like(x, -0.2))
@@ -355,6 +356,7 @@ def test_lobes_are_tidied_if_asked_to_unless_they_are_given(model, airway, tmp_p
     assert np.array_equal(volume(tmp_path / "given/sample", "lobe"), volume(tmp_path / "no/sample", "lobe"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_what_is_fixed_is_shown_clean_to_networks_trained_so(told, airway, tmp_path):
     ways = dict(noisy={}, clean=dict(shown=["low", "sr"]), second=dict(shown=["sr"]))

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from support.anatomy import faults_of_masks, faults_of_places, field_of_view, judge
-from support.checks import array_of, complete, faults, load_channel, one_size
+from support.checks import UNREADABLE, array_of, complete, faults, load_channel, one_size
 from support.cli import Parser, check_center, exits
 from support.files import hashes, whole_folder
 from support.nifti import resample, save_nifti
@@ -158,7 +158,7 @@ class Cases(Dataset):
         case = self.folders[np.random.default_rng((self.seed, epoch)).permutation(len(self.folders))[i]]
         try:
             return self.item(k, case)
-        except (ValueError, OSError, EOFError) as e:
+        except UNREADABLE as e:
             raise RuntimeError(f"{case}: {e}; a case must be whole; run python data.py check {case.parent}") from None
 
     def item(self, k, case):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from support.nifti import load_nifti
 from support.reports import read_report
 
 TYPES = dict(ct=np.int16, lobe=np.uint8, airway=np.uint8, vessel=np.uint8, low=np.float16, text=np.float16)
+# what np.load raises of a damaged file
+UNREADABLE = (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, OverflowError)
 FULL = ("ct", "lobe", "airway", "vessel")                                # arrays of the full grid
 TOP = dict(lobe=5, airway=1, vessel=1)                                   # highest label of a mask
 
@@ -55,7 +58,7 @@ def array_of(case, name):
         if not isinstance(a, np.ndarray) or not a.size:
             raise ValueError("no array, or an empty one")
         return a
-    except (ValueError, OSError, EOFError) as e:
+    except UNREADABLE as e:
         raise ValueError(f"{path}: not readable ({e}); a case is whole; "
                          f"run python data.py check {case.parent}") from None
 
@@ -103,6 +106,12 @@ def crop_of(text, cube, step):
     return crop
 
 
+def insists(case):
+    """Whether a case was prepared with --as-is."""
+    with contextlib.suppress(ValueError):                                # told elsewhere
+        return bool(read_json(case / "case.json").get("as_is"))
+
+
 def changed(case, names=TYPES):
     """Arrays of a case, of these names, that are not as written, by the hashes in case.json and text.json.
     -> list of file names"""
@@ -115,7 +124,9 @@ def check_once(folders, names):
     """ValueError if an array of these names is not what was written. What was checked before, and has the same size
     and time since, is not read again: `.checked.json` beside the cases."""
     record = folders[0].parent / ".checked.json" if folders else Path()
-    known, now = read_json(record), {}
+    known, now = {}, {}
+    with contextlib.suppress(ValueError):                                # then all is read again
+        known = read_json(record)
     for case in folders:
         files = [p for name in names if (p := case / f"{name}.npy").is_file()]
         now |= {f"{p.parent.name}/{p.name}": [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
@@ -152,13 +163,14 @@ def faults(case, low_of):
     elif "low" in shapes and shapes["low"] != (len(FULL), *(n // 4 for n in grid)):
         found.append(f"low.npy is {shapes['low']} for a grid of {grid}: prepare the case again")
     elif not found:
-        if not read_json(case / "case.json").get("as_is"):
+        if not insists(case):
             found += [f"{fault}: prepare the case again, insist there with --as-is"
                       for fault in faults_of_masks(**{name: arrays[name] for name in FULL})[0]]
         if not np.allclose(low_of(arrays), arrays["low"], atol=2e-3):
             found.append("low.npy is not every fourth voxel of the full arrays: prepare the case again")
-    found += [f"{name} is not as written (its hash differs): prepare or embed the case again" for name in changed(case)]
     try:
+        found += [f"{name} is not as written (its hash differs): prepare or embed the case again"
+                  for name in changed(case)]
         embedded = read_json(case / "text.json").get("report")
         if embedded not in (None, text_hash(read_report(case / "report.txt"))):
             found.append("report.txt changed since it was embedded: run text_encoder.py embed")

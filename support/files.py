@@ -49,12 +49,17 @@ def whole_folder(folder, overwrite=False):
 
 
 def read_json(path):
-    """A file's dict; {} if there is none."""
-    try:
-        found = json.loads(path.read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
+    """A file's dict; {} if there is no file. ValueError if it holds something else."""
+    if not path.is_file():
         return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("sha256", {}), dict):
+            return found
+    except (OSError, ValueError, RecursionError):
+        pass
+    raise ValueError(f"{path}: not the JSON that was written; what it says of the case is needed; "
+                     "prepare or embed the case again")
 
 
 def sha256(path):
@@ -75,6 +80,12 @@ def digest(state, names=True):
     return hashlib.sha256(str(sorted(parts.items() if names else parts.values())).encode()).hexdigest()
 
 
+def seal(state, about):
+    """The hash in a file of weights, of its tensors and of what it says of itself.   -> hex"""
+    said = {k: v for k, v in about.items() if k != "sha256"}
+    return hashlib.sha256((digest(state) + json.dumps(said, sort_keys=True)).encode()).hexdigest()
+
+
 def read_safetensors(path):
     """Weights, ours or others'.   -> state dict, what `weights.export` says about them (kind, args, grid, step,
     provenance, sha256; {} for others'). ValueError if they are not what was written."""
@@ -91,7 +102,7 @@ def read_safetensors(path):
     if about != {} and not whole:
         raise ValueError(f"{path}: describes itself as no network of this project; "
                          "weights that a trainer wrote are needed; name another file")
-    if digest(state) != about.get("sha256", digest(state)):
-        raise ValueError(f"{path}: its tensors are not as written (the hash differs); a disk or a download damaged it; "
+    if about and seal(state, about) != about.get("sha256", seal(state, about)):
+        raise ValueError(f"{path}: not as written (the hash differs); a disk or a download damaged it; "
                          "fetch it again")
     return state, about

@@ -44,10 +44,13 @@ def load_nifti(path):
     size = check_header(path, header, pixdim, shape, dtype, affine)
     try:
         need = int(header.get_data_offset()) + size
+        raw, more = bytearray(), b"begin"
         with opener(path, "rb") as f:
-            raw = f.read(need)
-            while opener is gzip.open and f.read(1 << 20):               # to its end, where the check sum is
-                pass
+            while more and len(raw) < need:                              # step by step: a header may claim anything
+                raw += (more := f.read(min(1 << 24, need - len(raw))))
+            while more := f.read(1 << 20):                               # to its end, where gzip's check sum is
+                if more.strip(b"\0"):
+                    raise ValueError("more bytes than its header describes")
         if len(raw) < need:
             raise EOFError(f"cut short, {len(raw)} bytes of {need}")
         with np.errstate(over="ignore"), nibabel.imageglobals.LoggingOutputSuppressor():
@@ -83,11 +86,16 @@ def check_header(path, header, pixdim, shape, dtype, affine):
     edges = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) <= 1e-6 * edges.prod():
         raise ValueError(f"{path}: its affine is not finite or flat; voxels need a place in the world; mend the header")
-    unit = header.get_xyzt_units()[0]
+    try:
+        unit = header.get_xyzt_units()[0]
+        MM[unit]
+    except KeyError:
+        raise ValueError(f"{path}: unit code {header['xyzt_units']}; metres, millimetres or micrometres are known; "
+                         "mend xyzt_units in the header") from None
     if (edges * MM[unit] < VOXEL[0]).any() or (edges * MM[unit] > VOXEL[1]).any():
         raise ValueError(f"{path}: voxels of {named(edges)}, unit {unit}; edges of {VOXEL[0]} to {VOXEL[1]} mm are "
                          "needed; mend the affine or the unit (xyzt_units) in the header")
-    if not (np.abs(pixdim / edges - 1) < 0.1).all():                     # ITK takes pixdim; a tilted gantry's is near
+    if not (np.abs(np.abs(pixdim) / edges - 1) < 0.1).all():             # ITK takes pixdim; a tilted gantry's is near
         raise ValueError(f"{path}: pixdim says voxels of {named(pixdim)}, the affine {named(edges)}; libraries read it "
                          "in two ways; mend the header")
     return size

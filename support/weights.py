@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from support.files import digest, read_json, read_safetensors, write_atomic
+from support.files import read_json, read_safetensors, seal, write_atomic
 from support.released import from_released, read_released
 
 # Options and arguments of networks that the paper does not have, at the values where they do nothing.
@@ -48,9 +48,11 @@ def export(path, cfg, ema, grid, step, trained_on):
     program = f"-m beyond.{program.stem}" if program.parent.name == "beyond" else program.name
     command = " ".join(["python", program, *sys.argv[1:]])
     weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
-    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step, sha256=digest(weights),
-                 source=trained_on["source"], encoder=trained_on["encoder"],
+    about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step, source=trained_on["source"],
+                 encoder=trained_on["encoder"],
                  provenance=dict(command=command, cases=trained_on["cases"], config=asdict(cfg)))
+    about = json.loads(json.dumps(about))                                # as it will be read: tuples are lists
+    about["sha256"] = seal(weights, about)
     write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))
     write_atomic(path.with_name("sampling.json"), (json.dumps(cfg.sampling()) + "\n").encode())
 

@@ -337,6 +337,10 @@ def test_thresholds_of_phantoms_are_refused_for_weights_of_others(model, tmp_pat
     other = tmp_path / "other"
     shutil.copytree(model, other)
     state, about = read_safetensors(other / "low/low.safetensors")
+    del about["sha256"]                                    # it seals what is said too
+    with pytest.raises(ValueError, match="not as written"):
+        save_file(state, other / "bad.safetensors", {"medsyn": json.dumps(about | dict(step=9, sha256="0"))})
+        read_safetensors(other / "bad.safetensors")
     about["source"] = ["patient"]
     save_file(state, other / "low/low.safetensors", {"medsyn": json.dumps(about)})
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """NIfTI in and out, and volumes from one grid to another. An affine takes an array's index to world mm, RAS+."""
 import gzip
+import io
 import zlib
 from pathlib import Path
 
@@ -31,10 +32,10 @@ def load_nifti(path):
               nibabel.wrapstruct.WrapStructError, nibabel.orientations.OrientationError)
     try:
         with opener(path, "rb") as f, nibabel.imageglobals.LoggingOutputSuppressor():
-            second = f.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")     # 540, the size of a NIfTI-2 header
+            start = f.read(1 << 24)                      # enough; an extension may claim any length
+            second = start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")     # 540, the size of a NIfTI-2 header
             kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
-            f.seek(0)
-            header = kind.header_class.from_fileobj(f, check=False)
+            header = kind.header_class.from_fileobj(io.BytesIO(start), check=False)
             pixdim = header["pixdim"][1:4].copy()
             header.check_fix()                                           # makes 1 of 0 in pixdim
         shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()

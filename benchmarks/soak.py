@@ -328,7 +328,7 @@ def main(argv=None):
     p.add_argument("--parts", nargs="+", choices=("files", "runs"), default=("files", "runs"))
     p.add_argument("--only", nargs="+", choices=(*KINDS, *FAULTS), default=(*KINDS, *FAULTS),
                    help="of these parts")
-    p.add_argument("--n", type=int, default=2000, help="mutations of each kind of file (default 2000)")
+    p.add_argument("--n", type=int, default=286, help="mutations of each of 7 kinds of file (default 286)")
     p.add_argument("--first", type=int, default=0, help="number of the first mutation (default 0)")
     p.add_argument("--kills", type=int, default=25, help="runs that are killed (default 25)")
     p.add_argument("--seed", type=int, default=0, help="decides the mutations (default 0)")

@@ -145,7 +145,7 @@ def broken(folder):
     image = nibabel.Nifti1Image(L, None)
     image.header.set_sform(flat, 1)
     nibabel.save(nibabel.Nifti1Image(L, None, image.header), folder / "flat.nii.gz")
-    return dict(cut="damaged|short|header", bit="damaged|values", text="header", claims="cut short|damaged",
+    return dict(cut="damaged|short|header", bit="damaged|values|CRC", text="header", claims="cut short|damaged",
                 huge="claims", missing="no such file", intercept="damaged|header|NaN", offset="damaged|header",
                 squeezed="damaged|header", nan="NaN", **{"4d": "3D", "2d": "3D"}, complex="real numbers",
                 empty="empty", three="labels 0..1", flat="not finite or flat|neither sform")

@@ -1,5 +1,4 @@
 """Damaged files are refused, killed runs go on: a small part of benchmarks/soak.py."""
-import json
 import sys
 from pathlib import Path
 
@@ -71,13 +70,3 @@ def test_a_file_that_takes_much_memory_is_wrong(intact, tmp_path):
     command = [sys.executable, "-c", code, "jsonl"]
     found = damage.in_children(lambda first: [*command, str(first), "2", "0", str(intact)], 0, 2)
     assert [x["outcome"] for x in found] == ["wrong"] * 2 and "more than the intact" in found[1]["why"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["rank", "flip", "disk"])                 # all of them take 20 minutes
-def test_a_fault_ends_in_the_same_bits(tmp_path, capsys, monkeypatch, name):
-    fault, run, worlds = soak.FAULTS[name]
-    monkeypatch.setitem(soak.FAULTS, name, (fault, run, worlds[:1]))
-    soak.main(["--only", name, "--kills", "1", "--out", str(tmp_path)])
-    row = json.loads((tmp_path / "soak.json").read_text())[name]
-    assert row["wrong"] == 0 and row["unchanged"] == row["n"] and f"| {fault}" in capsys.readouterr().out

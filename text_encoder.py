@@ -219,10 +219,10 @@ def train(a):
     out = Path(a.out)
 
     # the reports, those of some subjects held out; what cannot work is refused now, not after the training
+    check_new(out)
     reports, held_out = hold_out(a, load_reports(a.reports), seeded(a.seed, 0), world)
     for r in held_out:
         another_impression(r, held_out, seeded(a.seed, 0))
-    check_new(out)
 
     # the processes, the network, its optimizer
     device = join(a.device, world)

@@ -62,7 +62,7 @@ class Common:
     dim: int = arg(160, "width of the first level (sec. 4.5)", 1)
     levels: int = arg(4, "levels of the UNet, each twice as wide", 1)
     heads: int = arg(8, "attention heads of 32 channels; released code", 1)
-    holdout: int = arg(8, "cases, the last by name, kept from training for the validation loss and the picture")
+    holdout: int = arg(8, "held-out cases to look at; who is held out says split.json, at first the last by name")
     workers: int = arg(4, "loader processes per process")
     log_every: int = arg(10, "steps between lines of loss.csv", 1)
     save_every: int = arg(500, "steps between checkpoints", 1)

@@ -172,9 +172,9 @@ def identity(encoder):
 
 def check_identity(encoder, source, known):
     """Warns if an encoder is not the `known` one."""
-    if known and identity(encoder) != known:
+    if known and (its := identity(encoder)) != known:
         print(f"warning: text model {source} is not the one that these weights were trained with "
-              f"({identity(encoder)}, {known}): they will not understand it; pass the right --text", file=sys.stderr)
+              f"({its}, {known}): they will not understand it; pass the right --text", file=sys.stderr)
 
 
 def write_text(folder, array, text, name):

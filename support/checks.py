@@ -116,8 +116,8 @@ def changed(case, names=TYPES):
     """Arrays of a case, of these names, that are not as written, by the hashes in case.json and text.json.
     -> list of file names"""
     written = read_json(case / "case.json").get("sha256", {}) | read_json(case / "text.json").get("sha256", {})
-    files = [f"{name}.npy" for name in names if (case / f"{name}.npy").is_file()]
-    return [file for file in files if sha256(case / file) != written.get(file, sha256(case / file))]
+    files = [f"{name}.npy" for name in names if f"{name}.npy" in written and (case / f"{name}.npy").is_file()]
+    return [file for file in files if sha256(case / file) != written[file]]
 
 
 def check_once(folders, names):
@@ -129,13 +129,14 @@ def check_once(folders, names):
         known = read_json(record)
     for case in folders:
         files = [p for name in names if (p := case / f"{name}.npy").is_file()]
-        now |= {f"{p.parent.name}/{p.name}": [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-    new = {case for case in folders if any(known.get(k) != v for k, v in now.items() if k.startswith(f"{case.name}/"))}
-    for case in sorted(new):
+        its = {f"{case.name}/{p.name}": [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+        if all(known.get(name) == of for name, of in its.items()):
+            continue
+        now |= its
         if wrong := changed(case, names):
             raise ValueError(f"{case}: {', '.join(wrong)} not as written (the hash differs); a disk or a copy damaged "
                              f"it; prepare or embed the case again; see python data.py check {case.parent}")
-    if new:
+    if now:
         with contextlib.suppress(OSError):                               # a folder that others may only read
             write_atomic(record, json.dumps(known | now).encode())
 

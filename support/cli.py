@@ -63,18 +63,23 @@ def exits():
         code = 130
         say("stopped; what was finished is kept")
     except Exception as e:
-        code = 2 if isinstance(e, USAGE) and not isinstance(e, UnicodeError) else 1
+        code = 2 if is_usage(e) else 1
         say("error: " + sentence(e))
     else:
         return
     raise SystemExit(code)
 
 
+def is_usage(e):
+    """Whether input was wrong; text that was never checked to be text is a defect of ours."""
+    return isinstance(e, USAGE) and not isinstance(e, UnicodeError)
+
+
 def sentence(e):
     """An exception in one line."""
     words = re.sub(r"(?s)^Caught \w+ in DataLoader worker process.*\n\w*(Error|Exception): ", "", str(e))
     words = " ".join(words.split())                      # a loader worker's error brings its traceback as text
-    if isinstance(e, USAGE) and not isinstance(e, UnicodeError):
+    if is_usage(e):
         return words
     if isinstance(e, ImportError):
         return f"{type(e).__name__}: {words}; a package is missing or broken; pip install -r requirements.txt"

@@ -102,7 +102,7 @@ def read_safetensors(path):
     if about != {} and not whole:
         raise ValueError(f"{path}: describes itself as no network of this project; "
                          "weights that a trainer wrote are needed; name another file")
-    if about and seal(state, about) != about.get("sha256", seal(state, about)):
+    if "sha256" in about and seal(state, about) != about["sha256"]:
         raise ValueError(f"{path}: not as written (the hash differs); a disk or a download damaged it; "
                          "fetch it again")
     return state, about

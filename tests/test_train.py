@@ -120,13 +120,14 @@ def test_resume_is_bit_exact_at_odd_places(phantoms, tmp_path):
 def test_two_processes_match_one_and_resume_to_the_bit(phantoms, tmp_path):
     common = [*TINY, "--data", phantoms, "--no-amp", "--checkpointing", "blocks"]
     train_low.main([*map(str, common), "--out", str(tmp_path / "one"), "--steps", "5"])
-    for out, steps, *more in (("whole", 5), ("zero", 2, "--zero"), ("parts", 5, "--zero"), ("zero", 5)):
+    for out, steps, *more in (("whole", 5), ("zero", 2, "--zero"), ("zero", 5, "--zero")):
         done = torchrun(["train_low.py"], *common, "--out", tmp_path / out, "--steps", steps, *more)
         assert done.returncode == 0, done.stderr
-        if out == "zero" and steps == 2:     # the optimizer's state in shares, put together and taken apart again
-            shutil.copytree(tmp_path / "zero", tmp_path / "parts")
-    for out in ("parts", "zero"):
-        assert same(weights(tmp_path / "whole"), weights(tmp_path / out))
+    whole, zero = weights(tmp_path / "whole"), weights(tmp_path / "zero")
+    assert same(whole, zero)                 # the optimizer's state in shares, put together and taken apart again
+    states = whole["opt"]["state"], zero["opt"]["state"]
+    assert states[0].keys() == states[1].keys()          # so that either goes on from the other's
+    assert all(torch.equal(states[0][k][name], states[1][k][name]) for k in states[0] for name in states[0][k])
 
     one, two = (rows(tmp_path / out) for out in ("one", "whole"))
     assert len(one) == 5
@@ -150,7 +151,7 @@ def test_a_signal_stops_after_a_step_and_the_same_command_goes_on(phantoms, tmp_
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "a/lock").exists() and process.poll() is None:
         time.sleep(0.1)
-    time.sleep(3)
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped at step" in out, err

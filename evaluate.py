@@ -5,7 +5,7 @@ figure out.
     python evaluate.py airway FOLDER [FOLDER]                      # mm^3, and a t-test of two (table 1)
     python evaluate.py effusion FOLDER ...                         # mL (tables 2, 7)
     python evaluate.py laa FOLDER ...                              # %LAA-950 (table 3)
-    python evaluate.py ctr FOLDER ...                              # cardiothoracic ratio (table 4, fig. 5)
+    python evaluate.py ctr FOLDER ...                              # cardiothoracic ratio (table 4)
     python evaluate.py dice REF SEG [SEG]                          # Dice by structure and lobe (table 5)
     python evaluate.py prompts examples/prompts.txt --n 4          # samples of prompt pairs, measured (tables 2 to 4)
     python evaluate.py phantoms                                    # the measurers against the truth of fresh phantoms

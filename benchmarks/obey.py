@@ -10,7 +10,7 @@ text          reports that ask for an effusion, a large heart, bullae, or say th
               sentences of training and in others; measured on stage 1's volume, whose measures follow the truth of
               phantoms as the row of phantoms shows
 full          the same in other sentences, measured on stage 2's volume
-anatomy       airway, vessels, lobes fixed, alone and together (fig. 6): is the structure in the CT, by thresholds,
+anatomy       airway, vessels, lobes fixed, alone and together (sec. 4.4): is the structure in the CT, by thresholds,
               where the mask says?
 segmentation  the CT fixed (table 5): Dice of the masks that come out, with and without the report
 detail        stage 2 on true low-resolution volumes: overlap with the truth, and FID from as many other phantoms,
@@ -191,7 +191,7 @@ def text(model, n, who=("phantoms", "training sentences", "held-out sentences"),
     return table, values
 
 
-# --- anatomy (fig. 6), segmentation (table 5), detail ---
+# --- anatomy (sec. 4.4), segmentation (table 5), detail ---
 
 def seen_in(ct, lobe):
     """Structures of a phantom's CT by thresholds: what a mask is compared with.   -> {mask: bool (G,G,G)}"""

@@ -52,7 +52,7 @@ def picture(path, volumes, titles, caption="", fov=(1, 1, 1)):
 
 
 def histogram(path, groups, label):
-    """Distributions side by side (fig. 5).   groups: name -> values"""
+    """Distributions side by side.   groups: name -> values"""
     fig, ax = pyplot().subplots(figsize=(6, 3.5))
     edges = np.histogram_bin_edges(np.concatenate([np.ravel(v) for v in groups.values()]), 20)
     for name, values in groups.items():

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from support.anatomy import faults_of_masks, faults_of_places, field_of_view, judge
-from support.checks import UNREADABLE, array_of, complete, faults, load_channel, one_size
+from support.checks import UNREADABLE, array_of, check_folder, complete, has, load_channel, one_size
 from support.cli import Parser, check_center, exits
 from support.files import hashes, whole_folder
 from support.nifti import resample, save_nifti
@@ -90,8 +90,10 @@ def to_model(paths, grid, center=None, as_is=False):
 
 
 def downsample(arrays):
-    """Every fourth voxel, in [-1,1] (sec. 5.1: nearest).   arrays: {name: (D,H,W)} -> (4,D/4,H/4,W/4) float32"""
-    return np.stack([encode(c, arrays[c][::SCALE, ::SCALE, ::SCALE]) for c in CHANNELS])
+    """Every fourth voxel, in [-1,1] (sec. 5.1: nearest), 0 where a channel is missing.   arrays: {name: (D,H,W)}
+    -> (4,D/4,H/4,W/4) float32"""
+    low = {c: encode(c, arrays[c][::SCALE, ::SCALE, ::SCALE]) for c in CHANNELS if c in arrays}
+    return np.stack([low.get(c, np.zeros_like(low["ct"])) for c in CHANNELS])
 
 
 def upsample(low):
@@ -101,17 +103,20 @@ def upsample(low):
 
 # --- the case folder ---
 
-def write_case(folder, ct, lobe, airway, vessel, report, meta):
-    """One case, whole or not at all.   ct: int16 HU (D,H,W), masks: uint8, report: str, meta: what case.json says"""
+def write_case(folder, ct, lobe=None, airway=None, vessel=None, report=None, meta=None):
+    """One case, whole or not at all; masks and report may be missing, which case.json says.   ct: int16 HU (D,H,W)
+    masks: uint8   report: str   meta: what else case.json says"""
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder}: exists already; a case is written once; remove it first")
-    arrays = dict(ct=ct.astype(np.int16), lobe=lobe.astype(np.uint8), airway=airway.astype(np.uint8),
-                  vessel=vessel.astype(np.uint8))
+    masks = {c: a.astype(np.uint8) for c, a in zip(MASKS, (lobe, airway, vessel)) if a is not None}
+    arrays = dict(ct=ct.astype(np.int16), **masks)
+    meta = dict(meta or {}, has=list(arrays), report=report is not None)
     with whole_folder(folder) as part:
         for name, a in {**arrays, "low": downsample(arrays).astype(np.float16)}.items():
             np.save(part / f"{name}.npy", np.ascontiguousarray(a))
-        (part / "report.txt").write_text(report.strip() + "\n", encoding="utf-8")
+        if report is not None:
+            (part / "report.txt").write_text(report.strip() + "\n", encoding="utf-8")
         (part / "case.json").write_text(json.dumps(meta | dict(sha256=hashes(part)), indent=1) + "\n")
 
 
@@ -136,15 +141,18 @@ def split_cases(folder, holdout, out=""):
 class Cases(Dataset):
     """A shuffled sequence of cases without end (its len is one epoch): item k is decided by (seed, k) alone, so a run
     resumes anywhere exactly.
-
     crop None: k, x0 = low.npy (4,g,g,g) in [-1,1], text.npy (N,width)          for stage 1, about 2 MB a case
     crop (d,h,w): k, x0 (4,d,h,w), low (4,d,h,w) by nearest from the low grid   for stage 2, reads the crop only
+    If any case lacks a mask or a report, also what this one has, (5,) bool: channels, text. What it lacks is 0.
     """
 
     def __init__(self, folders, seed, crop=None):
         self.folders, self.seed, self.crop = folders, seed, crop
         complete(folders, (*CHANNELS, "low") if crop else ("low", "text"), stage=2 if crop else 1)
         one_size(folders, ("low",) if crop else ("low", "text"))
+        self.has = {case: has(case) for case in folders}
+        self.whole = all(len(names) > len(CHANNELS) for names in self.has.values())
+        self.text_shape = None if crop else next(array_of(f, "text").shape for f in folders if "text" in self.has[f])
         low = array_of(folders[0], "low").shape[-1]
         self.grid = low * SCALE if crop else low                         # edge of the whole volume that the stage makes
         if crop and max(crop) > self.grid:
@@ -162,16 +170,21 @@ class Cases(Dataset):
             raise RuntimeError(f"{case}: {e}; a case must be whole; run python data.py check {case.parent}") from None
 
     def item(self, k, case):
+        there = self.has[case]
+        more = () if self.whole else (torch.tensor([name in there for name in (*CHANNELS, "text")]),)
         low = torch.from_numpy(np.load(case / "low.npy").astype(np.float32))
         if not self.crop:
-            return k, low, torch.from_numpy(np.load(case / "text.npy").astype(np.float32))
-        full = [np.load(case / f"{c}.npy", mmap_mode="r") for c in CHANNELS]
+            text = np.load(case / "text.npy") if "text" in there else np.zeros(self.text_shape)
+            return k, low, torch.from_numpy(text.astype(np.float32)), *more
         rng = np.random.default_rng((self.seed, 1, k))
-        start = [int(rng.integers(n - size + 1)) for n, size in zip(full[0].shape, self.crop)]
+        start = [int(rng.integers(self.grid - size + 1)) for size in self.crop]
         box = tuple(slice(a, a + size) for a, size in zip(start, self.crop))
         d, h, w = (np.arange(a, a + size) // SCALE for a, size in zip(start, self.crop))
-        x0 = torch.from_numpy(np.stack([encode(c, a[box]) for c, a in zip(CHANNELS, full)]))
-        return k, x0, low[:, d][:, :, h][..., w]
+        x0 = torch.zeros(len(CHANNELS), *self.crop)
+        for i, c in enumerate(CHANNELS):
+            if c in there:
+                x0[i] = torch.from_numpy(encode(c, np.load(case / f"{c}.npy", mmap_mode="r")[box]))
+        return k, x0, low[:, d][:, :, h][..., w], *more
 
 
 # --- commands ---
@@ -181,13 +194,14 @@ def prepare(args):
     if args.grid % SCALE or args.grid < SCALE:
         raise ValueError(f"--grid {args.grid}; a positive multiple of {SCALE} is needed; use 256 or 128")
     check_center(args.center)
-    report, paths = read_report(args.report), {c: getattr(args, c) for c in CHANNELS}
+    paths = {c: getattr(args, c) for c in CHANNELS if getattr(args, c)}
+    report = read_report(args.report) if args.report else None
     arrays, center = to_model(paths, args.grid, args.center, args.as_is)
-    voxels = {c: int((arrays[c] > 0).sum()) for c in MASKS}
+    voxels = {c: int((a > 0).sum()) for c, a in arrays.items() if c in MASKS}
     meta = dict(source={c: Path(path).name for c, path in paths.items()}, grid=args.grid, center_ras_mm=center,
                 affine=grid_affine(args.grid, center).tolist(), voxels=voxels, as_is=args.as_is)
     write_case(args.out, **arrays, report=report, meta=meta)
-    volume = np.stack([encode(c, arrays[c]) for c in CHANNELS])
+    volume = np.stack([encode(c, arrays.get(c, np.zeros_like(arrays["ct"]))) for c in CHANNELS])
     picture(Path(args.out) / "preview.png", [volume], [Path(args.out).name], fov=FOV)
     print(f"wrote {args.out}: {args.grid}^3, voxel {[round(f / args.grid, 4) for f in FOV]} mm (D,H,W), "
           f"centre {np.round(center, 1).tolist()} mm, voxels {voxels}")
@@ -195,21 +209,7 @@ def prepare(args):
 
 def check(args):
     """Every case of a folder: what is wrong and how to mend it. Exit 2 if any is not sound."""
-    folders, there = cases(args.folder), Path(args.folder)
-    broken = sorted({p for p in there.glob("[!.@]*") if p.is_dir()} - set(folders)) if there.is_dir() else []
-    wrong = 0
-    for case in folders + broken:
-        found = faults(case, downsample)
-        wrong += bool(found)
-        print(f"{case.name}: " + ("; ".join(found) if found else "sound"))
-    if not folders + broken:
-        raise ValueError(f"{args.folder}: no cases in it; a folder of case folders is needed; "
-                         "make some with data.py prepare or phantom.py, or check the path")
-    if wrong:
-        raise ValueError(f"{args.folder}: {wrong} of {len(folders) + len(broken)} cases are not sound; all must be; "
-                         "mend or remove them")
-    one_size(folders, ("low", "text"))
-    print(f"{args.folder}: {len(folders)} cases, all sound")
+    check_folder(args.folder, cases(args.folder), downsample)
 
 
 def export(args):
@@ -223,8 +223,8 @@ def export(args):
     for case in tqdm(folders, leave=False):
         center = json.loads((case / "case.json").read_text()).get("center_ras_mm", (0, 0, 0))    # phantoms are nowhere
         (out / case.name).mkdir(parents=True)
-        for c in CHANNELS:
-            a = np.load(case / f"{c}.npy")
+        for path in (p for c in CHANNELS if (p := case / f"{c}.npy").is_file()):
+            a, c = np.load(path), path.stem
             save_nifti(out / case.name / f"{c}.nii.gz", a, grid_affine(len(a), center))
     print(f"wrote {len(folders)} cases to {out}")
 
@@ -234,7 +234,7 @@ def main(argv=None):
     sub = p.add_subparsers(dest="command", required=True)
     q = sub.add_parser("prepare", help="NIfTI files and a report -> one case folder")
     for name in CHANNELS + ("report",):
-        q.add_argument("--" + name, required=True, metavar="FILE")
+        q.add_argument("--" + name, required=name == "ct", metavar="FILE")
     q.add_argument("--out", required=True, metavar="FOLDER", help="the case folder to write")
     q.add_argument("--grid", type=int, default=256, help="256 (the paper's, the default) or 128 (--preset demo)")
     q.add_argument("--center", type=float, nargs=3, metavar=("X", "Y", "Z"),

@@ -33,6 +33,7 @@ from support.bert import (
     warn,
     write_text,
 )
+from support.checks import has
 from support.cli import exits, fast_bfloat16
 from support.reports import load_reports, read_report, split_sections
 from support.seeds import mixed
@@ -295,10 +296,10 @@ def train(a):
 # --- embedding a data folder ---
 
 def embed(a):
-    """Every case's text.npy, (N,width) float16. All reports are read and packed before the first is written."""
-    folders = cases(a.data)
+    """Every report's text.npy, (N,width) float16. All are read and packed before the first is written."""
+    folders = [case for case in cases(a.data) if "text" in has(case)]
     if not folders:
-        raise ValueError(f"{a.data}: no cases; a case is a folder with ct.npy and report.txt; "
+        raise ValueError(f"{a.data}: no cases with a report; a case is a folder with ct.npy and report.txt; "
                          "try python phantom.py --out data/train --n 512")
     texts = [read_report(folder / "report.txt") for folder in folders]
     locked = [folder for folder in folders if not os.access(folder, os.W_OK)]

@@ -96,9 +96,8 @@ def low_data(cfg):
     folders, held_out = split_cases(cfg.data, cfg.holdout, cfg.out)
     dataset, (of_depth, of_plane) = Cases(folders, cfg.seed), cfg.multiples()
     if dataset.grid % of_plane:
-        raise ValueError(f"{cfg.data}: its low-resolution volumes are {dataset.grid}^3, and {cfg.levels} levels halve "
-                         f"them to whole voxels only from multiples of {of_plane}; make cases on a grid that is a "
-                         f"multiple of {SCALE * of_plane}, or lower --levels")
+        raise ValueError(f"{cfg.data}: low-resolution volumes of {dataset.grid}^3; {cfg.levels} levels halve multiples "
+                         f"of {of_plane}; make cases on a grid that is a multiple of {SCALE * of_plane}, or lower --levels")
     enough(dataset.grid // of_depth)                     # voxels, for the first convolution
     one_size(folders[:1] + held_out, ("low", "text"))
     return dataset, Cases(held_out, cfg.seed) if held_out else None
@@ -126,16 +125,17 @@ def draw(keys, shape, device, seed):
 
 def low_loss(cfg, net, batch):
     """Eq. 7 for x', all four channels, which is eq. 9: || G(x'_t, f_text) - x'_0 ||^2.   batch: k (B,), x0 (B,4,g,g,g),
-    text (B,N,width), which the learned null text replaces with p = cfg.drop (released code)   -> scalar"""
-    keys, x0, text = batch
+    text (B,N,width), for which the learned null text stands with p = cfg.drop (released code); [has (B,5)]"""
+    keys, x0, text, *has = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
-    return loss(lambda xt, t: net(xt, t, text, u < cfg.drop), x0, t, eps)
+    null = (u < cfg.drop) | ~has[0][:, 4] if has else u < cfg.drop
+    return loss(lambda xt, t: net(xt, t, text, null), x0, t, eps, *(h[:, :4] for h in has))
 
 
 def low_samples(cfg, net, dataset, device):
     """For the picture: two real cases and samples from their reports, guidance 2 (the released previews').
     -> list of (4,g,g,g), their titles"""
-    _, x0, text = next(iter(DataLoader(dataset, batch_size=min(2, len(dataset)))))
+    _, x0, text, *_ = next(iter(DataLoader(dataset, batch_size=min(2, len(dataset)))))
     _, _, eps = draw(torch.arange(len(x0)), x0.shape[1:], device, cfg.seed)
     made = ddim_sample(guided(net, text.to(device), 2.0), eps, times(20)).cpu()
     return [*x0, *made], ["held out"] * len(x0) + ["sample"] * len(x0)

@@ -69,18 +69,18 @@ def augment_low(low, a, eps):
 
 def sr_loss(cfg, net, batch):
     """Eq. 8 for x', all four channels, which is eq. 10: || H(x'_t, x'_0^l) - x'_0 ||^2, x'_0^l the low-resolution
-    volume, here with noise on it.   batch: k (B,), x0 (B,4,d,h,w), low (B,4,d,h,w)   -> scalar"""
-    keys, x0, low = batch
+    volume, here with noise on it.   batch: k (B,), x0 and low (B,4,d,h,w), [has (B,5)]   -> scalar"""
+    keys, x0, low, *has = batch
     t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
     low = augment_low(low, cfg.augment * u, eps[:, 4:])
-    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, :4])
+    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, :4], *(h[:, :4] for h in has))
 
 
 def sr_samples(cfg, net, dataset, device):
     """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.
     -> list of (4,...), their titles"""
     _, of_plane = cfg.multiples()
-    key, x0, low = Cases(dataset.folders[:1], 0, (min(128, dataset.grid) // of_plane * of_plane,) * 3)[0]
+    key, x0, low, *_ = Cases(dataset.folders[:1], 0, (min(128, dataset.grid) // of_plane * of_plane,) * 3)[0]
     _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
     made = ddim_sample(beside(net, low[None].to(device)), eps, times(10))[0].cpu()
     return [x0, low, made], ["held out", "its low resolution", "sample"]

@@ -62,6 +62,9 @@ class Config(Tricks, train_low.Config):
 
 def make_net(cfg, dataset, **args):
     """The form of network that the options ask for."""
+    if not dataset.whole:
+        raise ValueError(f"{cfg.data}: some cases lack a mask or a report; the losses here need all; train with "
+                         f"train_{cfg.kind}.py, or on a folder of whole cases")
     if not cfg.sharp:
         if cfg.fine:
             raise ValueError(f"--fine {cfg.fine} without --sharp; it is a part of those networks; pass --sharp")

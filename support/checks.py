@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ def load_channel(name, path):
 
 # --- case folders ---
 
+def has(case):
+    """What a case has of the four channels and text, as case.json says; all where it says nothing.   -> list"""
+    about = read_json(case / "case.json")
+    return [*about.get("has", FULL), *["text"] * about.get("report", True)]
+
+
 def array_of(case, name):
     """One array of a case folder, mapped. ValueError unless it is one."""
     path = case / f"{name}.npy"
@@ -64,9 +71,9 @@ def array_of(case, name):
 
 
 def one_size(folders, names):
-    """ValueError unless the arrays of each of these names have one shape in all cases."""
+    """ValueError unless the arrays of each of these names have one shape in all cases that have it."""
     for name in names:
-        shapes = {array_of(case, name).shape: case for case in folders}
+        shapes = {array_of(case, name).shape: case for case in folders if name == "low" or name in has(case)}
         if len(shapes) > 1:
             seen = " and ".join(f"{case}/{name}.npy is {shape}" for shape, case in list(shapes.items())[:2])
             raise ValueError(f"{seen}; cases of one run are of one size; "
@@ -74,9 +81,13 @@ def one_size(folders, names):
 
 
 def complete(folders, names, stage):
-    """ValueError unless every case has these arrays."""
+    """ValueError unless every case has these arrays, but those that its case.json says it lacks."""
+    if "text" in names and folders and not any("text" in has(case) for case in folders):
+        raise ValueError(f"{folders[0].parent}: no case has a report; stage {stage} learns from text; prepare some "
+                         "with reports")
     for case in folders:
-        lacking = [n for n in names if not (case / f"{n}.npy").exists()]
+        meant = {"low", *has(case)}
+        lacking = [n for n in names if n in meant and not (case / f"{n}.npy").exists()]
         if lacking:
             way = f"python data.py check {case.parent}"
             if "text" in lacking:
@@ -145,7 +156,13 @@ def faults(case, low_of):
     """What is wrong with one case folder, each with its mending.   low_of: full arrays by name -> what low.npy must be
     -> list of str, empty when it is sound"""
     arrays, found = {}, []
+    try:
+        meant = {"low", *has(case)}
+    except ValueError as e:
+        return [str(e)]
     for name, dtype in TYPES.items():
+        if name not in meant:
+            continue
         if not (case / f"{name}.npy").exists():
             way = "run text_encoder.py embed" if name == "text" else "prepare the case again"
             found.append(f"{name}.npy missing: {way}")
@@ -166,18 +183,40 @@ def faults(case, low_of):
     elif not found:
         if not insists(case):
             found += [f"{fault}: prepare the case again, insist there with --as-is"
-                      for fault in faults_of_masks(**{name: arrays[name] for name in FULL})[0]]
+                      for fault in faults_of_masks(**{name: arrays[name] for name in FULL if name in arrays})[0]]
         if not np.allclose(low_of(arrays), arrays["low"], atol=2e-3):
             found.append("low.npy is not every fourth voxel of the full arrays: prepare the case again")
     try:
         found += [f"{name} is not as written (its hash differs): prepare or embed the case again"
                   for name in changed(case)]
         embedded = read_json(case / "text.json").get("report")
-        if embedded not in (None, text_hash(read_report(case / "report.txt"))):
+        if "text" in meant and embedded not in (None, text_hash(read_report(case / "report.txt"))):
             found.append("report.txt changed since it was embedded: run text_encoder.py embed")
     except ValueError as e:
         found.append(str(e))
     return found
+
+
+def check_folder(folder, folders, low_of):
+    """Every case of a folder: what is wrong and how to mend it, and how many lack what.   folders: its cases
+    low_of: as of `faults`   ValueError if any is not sound"""
+    there = Path(folder)
+    broken = sorted({p for p in there.glob("[!.@]*") if p.is_dir()} - set(folders)) if there.is_dir() else []
+    wrong, lacking = 0, Counter()
+    for case in folders + broken:
+        found = faults(case, low_of)
+        wrong += bool(found)
+        lacks = [] if found else [{"text": "report"}.get(n, n) for n in (*FULL, "text") if n not in has(case)]
+        lacking.update(lacks)
+        print(f"{case.name}: " + ("; ".join(found) if found else "sound" + "".join(f", no {n}" for n in lacks)))
+    if not folders + broken:
+        raise ValueError(f"{folder}: no cases in it; a folder of case folders is needed; "
+                         "make some with prepare.py or phantom.py, or check the path")
+    if wrong:
+        raise ValueError(f"{folder}: {wrong} of {len(folders) + len(broken)} cases are not sound; all must be; "
+                         "mend or remove them")
+    one_size(folders, ("low", "text"))
+    print(f"{folder}: {len(folders)} cases, all sound" + "".join(f", {n} without {c}" for c, n in lacking.items()))
 
 
 def text_hash(text):

@@ -61,7 +61,8 @@ def describe(folders):
     """Cases, by what lies beside their arrays.   -> dict: cases, how many; source, "phantom" or "patient" or both;
     encoder, the hash of the text encoder that embedded them, None if none says. ValueError if it is not one"""
     metas = [read_json(case / "case.json") for case in folders]
-    encoders = {read_json(case / "text.json").get("encoder"): case for case in folders}
+    told = [case for case, meta in zip(folders, metas) if meta.get("report", True)]
+    encoders = {read_json(case / "text.json").get("encoder"): case for case in told}
     if len(encoders) > 1:
         seen = " and ".join(f"{case} by {name or 'one without a name'}" for name, case in list(encoders.items())[:2])
         raise ValueError(f"text embedded by different encoders, {seen}; one is needed; embed all again")

@@ -97,7 +97,7 @@ def low_data(cfg):
     dataset, (of_depth, of_plane) = Cases(folders, cfg.seed), cfg.multiples()
     if dataset.grid % of_plane:
         raise ValueError(f"{cfg.data}: low-resolution volumes of {dataset.grid}^3; {cfg.levels} levels halve multiples "
-                         f"of {of_plane}; make cases on a grid that is a multiple of {SCALE * of_plane}, or lower --levels")
+                         f"of {of_plane}; use a grid that is a multiple of {SCALE * of_plane}, or lower --levels")
     enough(dataset.grid // of_depth)                     # voxels, for the first convolution
     one_size(folders[:1] + held_out, ("low", "text"))
     return dataset, Cases(held_out, cfg.seed) if held_out else None

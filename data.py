@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from support.anatomy import faults_of_masks, faults_of_places, field_of_view, judge
-from support.checks import UNREADABLE, array_of, check_folder, complete, has, load_channel, one_size
+from support.checks import UNREADABLE, array_of, check_folder, check_grid, complete, has, load_channel, one_size
 from support.cli import Parser, check_center, exits
 from support.files import hashes, whole_folder
 from support.nifti import resample, save_nifti
@@ -71,10 +71,14 @@ def grid_affine(grid, center=(0, 0, 0)):
 def to_model(paths, grid, center=None, as_is=False):
     """NIfTI files -> arrays of the model's grid.   paths: {"ct": ..., "airway": ...}, any subset, each on any grid
 
-    center: world mm of the field of view's centre; by default the lungs' (the lobe mask's bounding box), else the first
-    volume's   as_is: masks that do not fit are warned of, not refused   -> {name: (D,H,W) int16 or uint8}, center
+    center: world mm of the field of view's centre; by default the lungs' (of the lobe mask, else of the CT), else the
+    first volume's   as_is: masks that do not fit are warned of, not refused   -> {name: (D,H,W) int16 or uint8}, center
     """
-    volumes = {name: load_channel(name, path) for name, path in paths.items()}
+    return on_grid({name: load_channel(name, path) for name, path in paths.items()}, paths, grid, center, as_is)
+
+
+def on_grid(volumes, paths, grid, center=None, as_is=False):
+    """The same of volumes that are read.   volumes: {name: (array (X,Y,Z), RAS+ order, affine)}   paths: their names"""
     judge(paths.values(), faults_of_places(volumes), [], as_is)
     center = field_of_view(volumes, paths, FOV, center)
     A, out = grid_affine(grid, center), {}
@@ -191,8 +195,7 @@ class Cases(Dataset):
 
 def prepare(args):
     """NIfTI files and a report -> one case folder."""
-    if args.grid % SCALE or args.grid < SCALE:
-        raise ValueError(f"--grid {args.grid}; a positive multiple of {SCALE} is needed; use 256 or 128")
+    check_grid(args.grid)
     check_center(args.center)
     paths = {c: getattr(args, c) for c in CHANNELS if getattr(args, c)}
     report = read_report(args.report) if args.report else None
@@ -205,11 +208,6 @@ def prepare(args):
     picture(Path(args.out) / "preview.png", [volume], [Path(args.out).name], fov=FOV)
     print(f"wrote {args.out}: {args.grid}^3, voxel {[round(f / args.grid, 4) for f in FOV]} mm (D,H,W), "
           f"centre {np.round(center, 1).tolist()} mm, voxels {voxels}")
-
-
-def check(args):
-    """Every case of a folder: what is wrong and how to mend it. Exit 2 if any is not sound."""
-    check_folder(args.folder, cases(args.folder), downsample)
 
 
 def export(args):
@@ -244,7 +242,7 @@ def main(argv=None):
 
     q = sub.add_parser("check", help="validate a folder of cases")
     q.add_argument("folder")
-    q.set_defaults(run=check)
+    q.set_defaults(run=lambda a: check_folder(a.folder, cases(a.folder), downsample))
 
     q = sub.add_parser("export", help="case folders -> NIfTI on the model's grid")
     q.add_argument("folder")

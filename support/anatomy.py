@@ -12,11 +12,15 @@ ORDER = (("LUL", 1, "LLL", 2, 0), ("RUL", 3, "RLL", 5, 0), ("RML", 4, "RLL", 5, 
 
 # --- values ---
 
-def fault_of_hu(ct):
-    """What is wrong with a CT's values, judged by the shares of air and of tissue; its minimum may be padding.
-    -> str, '' if nothing"""
+def shares_of_hu(ct):
+    """Of air and lung, and of fat and soft tissue, among a CT's values; its minimum may be padding.   -> dict"""
     ct = ct.reshape(-1)[::1 + ct.size // 10_000_000]                     # millions tell as much
-    share = {name: np.mean((ct > low) & (ct < high)) for name, (low, high) in dict(air=AIR, tissue=TISSUE).items()}
+    return {name: np.mean((ct > low) & (ct < high)) for name, (low, high) in dict(air=AIR, tissue=TISSUE).items()}
+
+
+def fault_of_hu(ct):
+    """What is wrong with a CT's values.   -> str, '' if nothing"""
+    share = shares_of_hu(ct)
     if share["air"] > 0.005 and share["tissue"] > 0.01:
         return ""
     return (f"values {ct.min():g} to {ct.max():g}, {share['air']:.1%} of them air and lung (-1100 to -650 HU), "
@@ -111,6 +115,39 @@ def lungs_of(ct, affine):
     return ndimage.binary_dilation(large, iterations=6, mask=air), coarse            # thin edges again
 
 
+def fault_of_orientation(ct, affine):
+    """Whether a chest lies as its axes say, for files that do not tell: the lungs beside each other and narrower above,
+    the spine behind, the aorta on its left.   ct: (X,Y,Z) HU in RAS+ order   -> str, '' if nothing speaks against it"""
+    lungs, coarse = lungs_of(ct, affine)
+    edges = np.linalg.norm(coarse[:3, :3], axis=0)                       # mm of these voxels
+    every = np.rint(edges / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
+    spans = [np.flatnonzero(lungs.any(tuple({0, 1, 2} - {k})))[[0, -1]] for k in range(3)] if lungs.any() else []
+    if not spans or min(b - a for a, b in spans) < 8:
+        return "no two lungs in it"
+    box = tuple(slice(a, b + 1) for a, b in spans)
+    lungs, hu = lungs[box], ct[tuple(slice(None, None, n) for n in every)][box]
+    X, Y, Z = lungs.shape
+
+    def wide(shares):
+        at = [np.flatnonzero(lungs[:, :, int(f * Z)].any(1)) for f in shares]
+        return np.mean([x[-1] - x[0] for x in at if len(x)] or [0])
+
+    middle = slice(int(0.35 * X), int(0.65 * X))
+    bone = (hu[middle] > 150).mean(2)                                    # (x,y): share of slices
+    x, y = np.unravel_index(bone.argmax(), bone.shape)
+    x += middle.start
+    near, far = (np.rint(mm / edges[0]).astype(int) for mm in (10, 45))
+    beside = ~lungs[:, y:y + int(35 / edges[1]), int(0.1 * Z):int(0.7 * Z)]          # soft, before the spine
+    left, right = beside[max(0, x - far):x - near].mean(), beside[x + near + 1:x + far + 1].mean()
+    sides, between = lungs[[int(0.25 * X), int(0.75 * X)]].mean(), lungs[int(0.45 * X):int(0.55 * X)].mean()
+    seen = {"the lungs do not lie beside each other": between > 0.5 * sides,
+            "no spine along it": bone.max() < 0.6,
+            "the spine lies in front": y > 0.45 * Y,
+            "the lungs are narrower below": wide((0.86, 0.9, 0.94)) > wide((0.06, 0.1, 0.14)),
+            "the aorta lies on the right of the spine": right > left}
+    return ", ".join(fault for fault, is_seen in seen.items() if is_seen)
+
+
 def share_inside(mask, affine, center, fov):
     """How much of a mask lies in the field of view around `center` (world mm).   fov: mm (D,H,W)   -> 0 to 1"""
     every = 1 + int((mask.size // 10_000_000) ** (1 / 3))                # thousands tell as much
@@ -125,16 +162,32 @@ def box_center(mask, affine):
     return affine[:3, :3] @ [s.mean() for s in spans] + affine[:3, 3]
 
 
+def without_stray(lungs):
+    """A mask of lungs without parts smaller than a fiftieth of the largest, which would widen their box."""
+    from scipy import ndimage
+    every = 1 + int((lungs.size // 10_000_000) ** (1 / 3))               # parts of millions of voxels tell as much
+    parts, n = ndimage.label(lungs[::every, ::every, ::every])
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    if n < 2 or sizes[sizes > 0].min() >= sizes.max() / 50:
+        return lungs
+    stay = ndimage.binary_dilation((sizes >= sizes.max() / 50)[parts], iterations=2)
+    for axis, size in enumerate(lungs.shape):
+        stay = stay.repeat(every, axis).take(range(size), axis)
+    return lungs & stay
+
+
 def field_of_view(volumes, paths, fov, center=None):
-    """Where the field of view lies, and a warning for what it cuts. Its centre is that of the lobes; without them that
-    of the first volume, or, if the field would cut it there, of what is in it: a mask, or a CT's lungs.
+    """Where the field of view lies, and a warning for what it cuts. Its centre is that of the lungs, by the lobe mask
+    or else the CT; without them that of the first volume, or, if the field would cut it there, of the mask.
     volumes: {name: (array, affine)}   -> world mm (3,)"""
     seen = {name: (a > 0, affine) for name, (a, affine) in volumes.items() if name != "ct"}
     if "ct" in volumes and "lobe" not in seen:
         seen["ct"] = lungs_of(*volumes["ct"])
     seen = {name: it for name, it in seen.items() if it[0].any()}
-    if center is None and "lobe" in seen:
-        center = box_center(*seen["lobe"])
+    if center is None and ("lobe" in seen or "ct" in seen):
+        lungs, affine = seen["lobe" if "lobe" in seen else "ct"]
+        center = box_center(without_stray(lungs), affine)
     elif center is None:
         name, (array, affine) = next(iter(volumes.items()))
         center = box_center(np.ones(array.shape, bool), affine)

@@ -117,6 +117,12 @@ def crop_of(text, cube, step):
     return crop
 
 
+def check_grid(grid):
+    """ValueError unless every fourth voxel of a cube of this edge is a cube too."""
+    if grid % 4 or grid < 4:
+        raise ValueError(f"--grid {grid}; a positive multiple of 4 is needed; use 256 or 128")
+
+
 def insists(case):
     """Whether a case was prepared with --as-is."""
     with contextlib.suppress(ValueError):                                # told elsewhere

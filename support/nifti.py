@@ -16,20 +16,22 @@ VOXEL = (0.05, 50)                # mm, the edges of voxels that a chest CT may 
 # nibabel is imported where it is needed: a GPU machine that only trains has none
 
 
-def load_nifti(path):
-    """A 3D NIfTI, 1 or 2, in closest canonical (RAS+) order.   -> array (X,Y,Z) float32, affine (4,4) in mm
+def damage():
+    """What a damaged file raises."""
+    import nibabel
+    return (OSError, EOFError, ValueError, OverflowError, zlib.error, nibabel.spatialimages.HeaderDataError,
+            nibabel.wrapstruct.WrapStructError, nibabel.orientations.OrientationError)
 
-    ValueError if the file is not whole (nibabel does not check gzip's sum), not 3D, not real-valued, or has no usable
-    geometry: one that nibabel and ITK read alike. The header is judged before any voxel is read.
-    """
+
+def read_header(path):
+    """A NIfTI's header, 1 or 2, judged before any voxel is read: ValueError unless it has a usable geometry, one that
+    nibabel and ITK read alike.   -> image class of nibabel, header, function that opens the file, bytes of voxels"""
     import nibabel
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a NIfTI (.nii or .nii.gz) is needed; check the path")
     with open(path, "rb") as f:
         opener = gzip.open if f.read(2) == b"\x1f\x8b" else open         # whatever its name says
-    damage = (OSError, EOFError, ValueError, OverflowError, zlib.error, nibabel.spatialimages.HeaderDataError,
-              nibabel.wrapstruct.WrapStructError, nibabel.orientations.OrientationError)
     try:
         with opener(path, "rb") as f, nibabel.imageglobals.LoggingOutputSuppressor():
             start = f.read(1 << 24)                      # enough; an extension may claim any length
@@ -39,10 +41,19 @@ def load_nifti(path):
             pixdim = header["pixdim"][1:4].copy()
             header.check_fix()                                           # makes 1 of 0 in pixdim
         shape, dtype, affine = header.get_data_shape(), header.get_data_dtype(), header.get_best_affine()
-    except damage as e:
+    except damage() as e:
         raise ValueError(f"{path}: no readable NIfTI header ({e}); "
                          "a .nii or .nii.gz volume is needed; convert or copy it again") from None
-    size = check_header(path, header, pixdim, shape, dtype, affine)
+    return kind, header, opener, check_header(path, header, pixdim, shape, dtype, affine)
+
+
+def load_nifti(path):
+    """A 3D NIfTI in closest canonical (RAS+) order.   -> array (X,Y,Z) float32, affine (4,4) in mm
+
+    ValueError if the header is none (`read_header`) or the file is not whole (nibabel does not check gzip's sum).
+    """
+    import nibabel
+    kind, header, opener, size = read_header(path)
     try:
         need = int(header.get_data_offset()) + size
         raw, more = bytearray(), b"begin"
@@ -57,7 +68,7 @@ def load_nifti(path):
         with np.errstate(over="ignore"), nibabel.imageglobals.LoggingOutputSuppressor():
             image = nibabel.as_closest_canonical(kind.from_bytes(raw))
             array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])     # too large becomes infinite
-    except damage as e:
+    except damage() as e:
         raise ValueError(f"{path}: damaged ({e}); the whole file is needed; copy it again") from None
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: {np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite; "

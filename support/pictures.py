@@ -81,3 +81,69 @@ def dots(path, rows):
         names = [f"{measure}\n{folder[-36:]}" for measure, folder in groups]
         ax.set_xticks(range(len(groups)), names, rotation=60, ha="right", fontsize=7, parse_math=False)
     save(fig, path)
+
+
+def sheet(path, volumes, names, fov, columns=5):
+    """A page of cases: three planes of each through the middle of the lobes, masks outlined.
+    volumes: list of (4,D,H,W) in [-1,1], 0 where a channel is missing   fov: mm along D, H, W"""
+    tiles = [np.concatenate(tile(np.asarray(x, np.float32), fov), 1) for x in volumes]
+    rows = -(-len(tiles) // columns)
+    height, width = tiles[0].shape[:2]
+    fig, axes = pyplot().subplots(rows, columns, figsize=(columns * width / 90, rows * (height / 90 + 0.25)),
+                                  squeeze=False, facecolor="black", layout="constrained")
+    for i, ax in enumerate(axes.flat):
+        ax.set_axis_off()
+        if i < len(tiles):
+            ax.imshow(tiles[i])
+            ax.set_title(names[i][-40:], color="white", fontsize=7, parse_math=False)
+    save(fig, path, facecolor="black")
+
+
+def tile(x, fov):
+    """Axial, coronal and sagittal plane of a volume, each 128 pixels high, RGB."""
+    lungs = np.argwhere(x[1] > -0.9) if x[1].min() < -0.9 else np.argwhere(x[0] > -1)
+    d, h, w = np.median(lungs, 0).astype(int) if len(lungs) else np.array(x.shape[1:]) // 2
+    planes = []
+    for plane, tall, wide in ((x[:, d, ::-1], fov[1], fov[2]), (x[:, ::-1, h], fov[0], fov[2]),
+                              (x[:, ::-1, :, w][..., ::-1], fov[0], fov[1])):
+        ys, xs = (np.arange(size) * n // size for size, n in zip((128, round(128 * wide / tall)), plane.shape[1:]))
+        plane = plane[:, ys][:, :, xs]
+        rgb = np.repeat((plane[0, ..., None] + 1) / 2, 3, -1)
+        for m, color in ((1, (1, 0.8, 0)), (3, (1, 0, 0)), (2, (0, 1, 1))):
+            on = np.rint(plane[m] * 5)
+            edge = (on != np.roll(on, 1, 0)) | (on != np.roll(on, 1, 1))
+            rgb[edge] = color
+        planes.append(rgb.clip(0, 1))
+    return planes
+
+
+def bars(ax, values, **options):
+    """A histogram, of values that may be all the same too."""
+    if len(values):
+        middle, half = (max(values) + min(values)) / 2, max(np.ptp(values) / 2, 0.1)
+        ax.hist(values, np.linspace(middle - half, middle + half, 31), **options)
+
+
+def cohort(path, cases):
+    """Distributions over a cohort: HU, what masks fill, the scans' slices, where the centres lie.
+    cases: list of (CT (D,H,W) in [-1,1], what case.json says)"""
+    fig, axes = pyplot().subplots(2, 2, figsize=(10, 7), layout="constrained")
+    edges = np.linspace(-1, 1, 82)
+    shares = np.array([np.histogram(ct, edges)[0] / ct.size for ct, _ in cases])
+    hu = (edges[1:] + edges[:-1]) / 2 * 812 - 212
+    for level, style in ((5, ":"), (50, "-"), (95, ":")):
+        axes[0, 0].plot(hu, np.percentile(shares, level, 0), "k" + style, label=f"{level} % of the cases")
+    axes[0, 0].set(xlabel="HU", ylabel="share of voxels", yscale="log")
+    axes[0, 0].legend()
+    for name in ("lobe", "airway", "vessel"):
+        filled = [100 * meta["voxels"][name] / meta["grid"] ** 3 for _, meta in cases if name in meta.get("voxels", {})]
+        if filled:
+            bars(axes[0, 1], np.log10(np.maximum(filled, 1e-3)), alpha=0.6, label=f"{name} (n={len(filled)})")
+            axes[0, 1].legend()
+    axes[0, 1].set(xlabel="mask, log10 of % of the field of view", ylabel="cases")
+    affines = [np.array(meta["scan_affine"]) for _, meta in cases if "scan_affine" in meta]
+    bars(axes[1, 0], [np.abs(a[:3, :3])[2].max() for a in affines])
+    axes[1, 0].set(xlabel="distance of slices, mm", ylabel="cases")
+    bars(axes[1, 1], [np.median(ct[ct < -0.5]) * 812 - 212 for ct, _ in cases])
+    axes[1, 1].set(xlabel="median of air and lung, HU", ylabel="cases")
+    save(fig, path)

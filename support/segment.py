@@ -1,5 +1,6 @@
 """Volumes of a case as NIfTI: the folder they lie in, the names of their files, and others' segmenters that make masks
 of a CT."""
+import gzip
 import hashlib
 import json
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from support.checks import load_channel
-from support.files import whole_folder
+from support.files import whole_folder, write_atomic
 from support.nifti import load_nifti
 
 # TotalSegmentator's names of each structure's parts and our labels, by generation; and the task that writes them.
@@ -26,6 +27,7 @@ PARTS = {
 }
 TASKS = {"airway": "lung_vessels", "vessel": "lung_vessels", "effusion": "pleural_pericard_effusion", "heart": "total",
          "lobe": "total"}
+OPTIONS = {"TotalSegmentator": "totalseg"}                                           # their names on our command lines
 INSTEAD = {"thorax": ("thorax", "lung", "lobe"), "lung": ("lung", "lobe")}           # what may stand in for a structure
 
 
@@ -65,9 +67,13 @@ def structure(case, name):
     kind, files = files_of(case, name)
     if not files:
         return None
+    return load_channel("ct", next(iter(files))) if kind == "ct" else combined(kind, files)
+
+
+def combined(kind, files):
+    """A mask from the files that hold it.   files: {path: our label}   -> array (X,Y,Z), affine"""
     if len(files) == 1:
-        path = next(iter(files))
-        return load_channel("ct", path) if kind == "ct" else load_mask(kind, path)
+        return load_mask(kind, next(iter(files)))
     total = 0
     for path, label in files.items():
         part, affine = load_mask("part", path)
@@ -94,6 +100,8 @@ def load_mask(kind, path):
             for label, keys in numbers.items():
                 chosen[np.isin(array, keys)] = label
             return chosen, affine
+    if kind == "lobe" and labels[-1] > 14 and {10, 11, 12, 13, 14} <= set(labels):       # TotalSegmentator's, unnamed
+        return np.where((array >= 10) & (array <= 14), array - 9, 0).astype(np.float32), affine
     if kind == "lobe":
         return load_channel("lobe", path)
     if 0 <= labels[0] and labels[-1] <= 1 and len(labels) > 2:
@@ -118,22 +126,53 @@ def label_names(path):
 
 
 def totalsegmentator(case, task):
-    """Masks of a case's CT by the public command, in a folder of their own; made again when the CT is another one.
-    -> the folder"""
-    command, ct = shutil.which("TotalSegmentator"), file_of(case, "ct")
+    """Masks of a case's CT by the public command.   -> the folder"""
+    return by_command(case, "TotalSegmentator", task, "pip install TotalSegmentator",
+                      lambda command, ct, part: [command, "-i", ct, "-o", part, "-ta", task])
+
+
+def by_command(case, tool, task, install, line):
+    """What a tool makes of a case's CT, in a folder of its own; made again when the CT is another one.
+    line: command, CT, folder -> its command line   -> the folder"""
+    command, ct, name = shutil.which(tool), file_of(case, "ct"), OPTIONS.get(tool, tool)
     if ct is None:
-        raise ValueError(f"{case}: no ct.nii.gz; --segment totalseg makes masks of the CT; add it")
-    folder = case / "segmented" / "totalseg" / task
+        raise ValueError(f"{case}: no ct.nii.gz; --segment {name} makes masks of the CT; add it")
+    folder = case / "segmented" / name / task
     record, made_from = folder / "made_from.json", dict(ct=hashlib.sha256(ct.read_bytes()).hexdigest(), task=task)
     if record.is_file() and json.loads(record.read_text()) == made_from:
         return folder
     if command is None:
-        raise ValueError("TotalSegmentator is not installed; --segment totalseg calls it; "
-                         "pip install TotalSegmentator, or put the masks beside the CT and leave --segment out")
+        raise ValueError(f"{tool} is not installed; --segment {name} calls it; {install}, or give the masks and leave "
+                         "--segment out")
     with whole_folder(folder, overwrite=True) as part:
-        done = subprocess.run([command, "-i", str(ct), "-o", str(part), "-ta", task])
+        done = subprocess.run([*map(str, line(command, ct, part))])
         if done.returncode:
-            raise RuntimeError(f"{case}: TotalSegmentator, task {task}, ended with code {done.returncode}; "
+            raise RuntimeError(f"{case}: {tool}, task {task}, ended with code {done.returncode}; "
                                "its own words stand above")
         (part / "made_from.json").write_text(json.dumps(made_from))
     return folder
+
+
+# --- masks made for preparing ---
+
+def segmented(scan, ct, a):
+    """Masks that a scan lacks, by --segment, from its CT as it was read.   ct: (array (X,Y,Z) in HU, affine)
+    -> {channel: {path: our label}}"""
+    import nibabel
+    wanted = [c for c in ("lobe", "airway", "vessel") if c not in scan.masks]
+    wanted = [c for c in wanted if a.segment == "totalseg" or c == "lobe"]
+    if not a.segment or not wanted:
+        return {}
+    folder = Path(a.out) / ".segmented" / scan.id
+    folder.mkdir(parents=True, exist_ok=True)
+    image = nibabel.Nifti1Image(np.rint(ct[0]).clip(-32768, 32767).astype(np.int16), ct[1])
+    image.header.set_xyzt_units("mm")
+    write_atomic(folder / "ct.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))      # the same CT, the same bytes
+    tools = {"totalseg": totalsegmentator, "lungmask": lungmask}
+    return {c: files for c in wanted if (files := files_of(tools[a.segment](folder, TASKS[c]), c)[1])}
+
+
+def lungmask(case, task):
+    """Lobes by the command of lungmask.   -> the folder"""
+    return by_command(case, "lungmask", "lobe", "pip install lungmask",
+                      lambda command, ct, part: [command, ct, part / "lobe.nii.gz", "--modelname", "LTRCLobes_R231"])

@@ -134,11 +134,10 @@ def fault_of_orientation(ct, affine):
 
     middle = slice(int(0.35 * X), int(0.65 * X))
     bone = (hu[middle] > 150).mean(2)                                    # (x,y): share of slices
-    x, y = np.unravel_index(bone.argmax(), bone.shape)
-    x += middle.start
-    near, far = (np.rint(mm / edges[0]).astype(int) for mm in (10, 45))
+    x, y = np.argwhere(bone == bone.max()).mean(0) + (middle.start, 0)
+    mm, y = (np.arange(X) - x) * edges[0], int(y)                        # from the spine to the right
     beside = ~lungs[:, y:y + int(35 / edges[1]), int(0.1 * Z):int(0.7 * Z)]          # soft, before the spine
-    left, right = beside[max(0, x - far):x - near].mean(), beside[x + near + 1:x + far + 1].mean()
+    left, right = (beside[(10 < side * mm) & (side * mm < 45)].mean() for side in (-1, 1))
     sides, between = lungs[[int(0.25 * X), int(0.75 * X)]].mean(), lungs[int(0.45 * X):int(0.55 * X)].mean()
     seen = {"the lungs do not lie beside each other": between > 0.5 * sides,
             "no spine along it": bone.max() < 0.6,

@@ -12,6 +12,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -19,14 +20,14 @@ from tqdm import tqdm
 
 from data import CHANNELS, FOV, MASKS, SCALE, decode, encode, grid_affine, to_model, upsample
 from diffusion import beside, ddim_sample, guided, held, times
-from support.cli import Parser, check_center, choose_device, exits, fast_bfloat16, keep_memory, release_memory
+from support.cli import Parser, check_center, choose_device, exits, keep_memory, release_memory, say
 from support.fast import compile_blocks, place
 from support.files import whole_folder
-from support.nifti import save_nifti
-from support.outputs import check_free, missing, names_of, readable
+from support.nifti import save_like, save_nifti
+from support.outputs import check_free, each_ct, missing, names_of, readable
 from support.pictures import picture
 from support.reports import texts_asked
-from support.sampling import SAMPLING, check_sampling, how_to_sample, wanted
+from support.sampling import check_sampling, settings
 from support.slabs import by_slabs
 from support.weights import beyond, check_pair, load_stages
 from unet3d import Block, UNet3D
@@ -82,24 +83,6 @@ def stage(name, s, denoise, noise, known, fixed, unguided=None, low=None):
 
 # --- from arguments to volumes ---
 
-def settings(args, stages):
-    """How to sample: the command line, else sampling.json beside the weights, else 50 and 20 steps of DDIM at guidance
-    2; --plain: the paper's, whatever that file says.   -> dict"""
-    s = dict(low_steps=50, sr_steps=20, guidance=1.0 if args.plain else 2.0)
-    s |= {} if args.plain else how_to_sample(stages)
-    s |= {k: getattr(args, k) for k in SAMPLING if getattr(args, k, None) is not None}
-    check_sampling(s)
-    s["beyond"] = wanted(s)
-    if s["beyond"] and not beyond("sampling"):
-        raise ValueError(f"--model {args.model}: asks for {', '.join(s['beyond'])}; beyond/ has these and is not "
-                         "there; pass --plain, or restore that folder")
-    cuda = args.device.startswith("cuda")
-    small = cuda and torch.cuda.get_device_properties(args.device).total_memory < 16e9
-    return s | dict(device=args.device, slab=args.slab, one_stage=args.slab > 0 or small,
-                    amp=fast_bfloat16(args.device) if args.amp is None else args.amp,
-                    compile=cuda if args.compile is None else args.compile)
-
-
 def ready(net, s):
     """A network ready to sample: on its device, its weights as autocast would have them, compiled or slab by slab."""
     place(net, s["device"], s["amp"])
@@ -151,12 +134,14 @@ def read_texts(args, texts, low_net, about):
 def sample(args):
     # everything that can be wrong is found before the first step
     args.device, out = choose_device(args.device), Path(args.out)
-    paths = {c: getattr(args, c) for c in CHANNELS if getattr(args, c)}
-    texts = texts_asked(args.prompt, args.report or [], "ct" if args.ct else "sample")
-    if args.ct and len(paths) > 1:
-        raise ValueError(f"--ct with {', '.join('--' + c for c in paths if c != 'ct')}; a given CT is segmented; "
-                         "leave the masks out")
-    names, failed = readable(names_of(texts, args.samples, args.seed))
+    paths = {c: getattr(args, c) for c in MASKS if getattr(args, c)}
+    if args.ct and paths or args.grid and not (args.ct or paths):
+        raise ValueError(f"--ct with {', '.join('--' + c for c in paths)}; a given CT is segmented; leave the masks out"
+                         if args.ct else f"--grid {args.grid}: of which file? a mask or CT is needed; give one")
+    texts, cts = each_ct(args.ct or [], texts_asked(args.prompt, args.report or [], "" if args.ct else "sample"))
+    names = names_of(texts, args.samples, args.seed)
+    ct_of = {name: cts[i // args.samples] for i, (name, _, _) in enumerate(names)}
+    names, failed = readable(names)
     names = missing(out, names) if args.resume else names
     if not names:
         return print(f"{out}: nothing is missing")
@@ -172,28 +157,39 @@ def sample(args):
     for net, _ in stages.values():
         ready(net, s)
     print(f"model {args.model} on {args.device}: {grid}^3" + (f" -> {full}^3" if sr_net else ""))
-    known, fixed, center = anatomy(paths, full, args.center, args.as_is)
-    known = None if known is None else known.to(args.device)
     contexts = read_texts(args, [text for _, text, _ in names], *stages["low"])
 
-    affine = grid_affine(full, center)
-    if not sr_net:                                       # voxel i of 64^3 is voxel 4 i of 256^3, not the middle of four
-        affine = affine * ([SCALE] * 3 + [1])
-    fixes = f"fixed: {', '.join(CHANNELS[c] for c in fixed)}" if fixed else "nothing fixed"
-    for name, text, seed in names:
-        began = time.time()
-        if low_net.out.weight.is_meta:                   # `generate` dropped its weights
-            low_net = load(args)["low"][0]
-            ready(low_net, s)
+    for ct, group in groupby(names, lambda n: ct_of[n[0]]):
         try:
-            x = generate(low_net, sr_net, grid, seed, s, contexts[text], known, fixed)
-        except FloatingPointError as e:                  # the others are made all the same
-            failed.append(e)
+            paths = {"ct": ct} if ct else paths
+            known, fixed, center = anatomy(paths, full, args.center, args.as_is)
+        except ValueError as e:
+            if len(set(cts)) == 1:
+                raise
+            failed.append(e)                             # the other CTs are segmented all the same
             continue
-        about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, {fixes}", text=text, seed=seed, sampling=s,
-                     center_ras_mm=list(center), seconds=round(time.time() - began, 1), arguments=vars(args),
-                     weights={kind: about for kind, (_, about) in stages.items()}, torch=torch.__version__)
-        write(out / name, x, affine, about, args.overwrite)
+        known = None if known is None else known.to(args.device)
+        affine = grid_affine(full, center)
+        if not sr_net:                                   # voxel i of 64^3 is voxel 4 i of 256^3, not the middle of four
+            affine = affine * ([SCALE] * 3 + [1])
+        fixes = f"fixed: {', '.join(CHANNELS[c] for c in fixed)}" if fixed else "nothing fixed"
+        for name, text, seed in group:
+            began = time.time()
+            if low_net.out.weight.is_meta:               # `generate` dropped its weights
+                low_net = load(args)["low"][0]
+                ready(low_net, s)
+            try:
+                x = generate(low_net, sr_net, grid, seed, s, contexts[text], known, fixed)
+            except FloatingPointError as e:              # the others are made all the same
+                failed.append(e)
+                continue
+            about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, {fixes}", text=text, seed=seed,
+                         sampling=s, center_ras_mm=list(center), seconds=round(time.time() - began, 1),
+                         arguments=vars(args), weights={kind: about for kind, (_, about) in stages.items()},
+                         torch=torch.__version__)
+            write(out / name, x, affine, about, args.overwrite, like=next(iter(paths.values())) if args.grid else None)
+    if args.ct and stages["low"][1].get("source") == ["phantom"]:
+        say(f"warning: {args.model} saw phantoms alone: its masks of a patient's CT are not to be relied on")
     edge, written = full if sr_net else grid, [out / name for name, _, _ in names if (out / name).exists()]
     voxel = " x ".join(f"{f / edge:.3f}" for f in FOV[::-1])
     print(f"wrote {len(written)} sample(s) of {edge}^3 voxels, {voxel} mm (x,y,z), to "
@@ -203,11 +199,13 @@ def sample(args):
                            "makes these alone")
 
 
-def write(folder, x, affine, about, overwrite):
-    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (4,D,H,W) in [-1,1]"""
+def write(folder, x, affine, about, overwrite, like=None):
+    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (4,D,H,W) in [-1,1]
+    like: a NIfTI on whose grid they are written"""
     with whole_folder(folder, overwrite) as part:
+        save = partial(save_like, like=like) if like else save_nifti
         for name, channel in zip(CHANNELS, x.numpy()):
-            save_nifti(part / f"{name}.nii.gz", decode(name, channel), affine)
+            save(part / f"{name}.nii.gz", decode(name, channel), affine)
         picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"], FOV)
         (part / "sample.json").write_text(json.dumps(about, indent=1) + "\n")
 
@@ -223,7 +221,7 @@ def main(argv=None):
     add = p.add_argument_group("anatomy to keep (sec. 4.4), any size and orientation").add_argument
     for c in MASKS:
         add(f"--{c}", metavar="NIFTI", help=f"{c} mask to keep")
-    add("--ct", metavar="NIFTI", help="a CT to segment: its masks come out (table 5)")
+    add("--ct", nargs="+", metavar="NIFTI", help="CTs to segment, or folders of them: masks come out (table 5)")
     add("--center", type=float, nargs=3, metavar=("X", "Y", "Z"),
         help="centre of the field of view, world mm; default the lobe mask's, else that of the first volume")
     add("--as-is", action="store_true", help="take masks that do not look like a chest's, with a warning")
@@ -241,6 +239,7 @@ def main(argv=None):
     add("--out", default="out", help="samples appear in OUT/<name>/ (default out)")
     add("--overwrite", action="store_true", help="replace samples of the same name")
     add("--resume", action="store_true", help="make those that are missing")
+    add("--grid", choices=("like", "native"), help="write on the grid of the given mask or CT, not on the model's")
     add = p.add_argument_group("machine").add_argument
     add("--device", help="cuda or cpu; default whichever is there")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default where the device multiplies in it")

@@ -133,6 +133,21 @@ def save_nifti(path, array, affine):
     write_atomic(path, gzip.compress(image.to_bytes(), 4, mtime=0))
 
 
+def save_like(path, array, affine, like):
+    """The same, on the grid of another NIfTI, as that lies in its file.   array: (D,H,W), int16 HU or labels"""
+    import nibabel
+    header = read_header(like)[1]
+    shape = [*header.get_data_shape(), 1][:3]
+    target = np.diag([*[MM[header.get_xyzt_units()[0]]] * 3, 1]) @ header.get_best_affine()
+    ct = array.dtype == np.int16
+    out = np.rint(resample(array, affine, target, shape, linear=ct, fill=array.min() if ct else 0))
+    image = nibabel.Nifti1Image(out.astype(array.dtype), target)
+    image.set_sform(target, 1)
+    image.set_qform(target, 1)
+    image.header.set_xyzt_units("mm")
+    write_atomic(path, gzip.compress(image.to_bytes(), 4, mtime=0))
+
+
 def resample(array, affine, out_affine, shape, linear, fill=0):
     """An array (any orientation, oblique too) sampled on another grid.   array: (X,Y,Z), affine: its index -> world
     out_affine: output index -> world, shape of the output   linear: trilinear, averaged over sub-voxels where the

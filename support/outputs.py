@@ -1,7 +1,26 @@
 """The folders that sample.py writes: their names, and what may be replaced."""
 import json
 import os
+import re
 from pathlib import Path
+
+
+def each_ct(asked, texts):
+    """The CTs of --ct, files, folders of them or of cases, each with every text.   asked: list of paths
+    texts: list of (name, text)   -> list of (name, text), list of the CT of each or None"""
+    files = []
+    for path in map(Path, asked):
+        found = [path] if not path.is_dir() else sorted(path.glob("[!.]*.nii*")) or sorted(path.glob("[!.]*/ct.nii*"))
+        if not found:
+            raise ValueError(f"--ct {path}: no *.nii.gz, no */ct.nii.gz in it; a CT is needed; check the path")
+        files += found
+    if not files:
+        return texts, [None] * len(texts)
+    names = [re.sub(r"\.nii(\.gz)?$", "", f.name, flags=re.I) for f in files]
+    names = [f.parent.name if name == "ct" and len(files) > 1 else name for name, f in zip(names, files)]
+    each = [(ct if not name else name if len(files) == 1 else f"{ct}_{name}", text, f)
+            for ct, f in zip(names, files) for name, text in texts]
+    return [(name, text) for name, text, _ in each], [f for _, _, f in each]
 
 
 def names_of(texts, samples, seed):
@@ -16,8 +35,8 @@ def names_of(texts, samples, seed):
     names = [(f"{name}_{i:02d}" if samples > 1 else name, text, seed + j * samples + i)
              for j, (name, text) in enumerate(texts) for i in range(samples)]
     if len({name for name, _, _ in names}) < len(names):
-        raise ValueError(f"reports of one name: {sorted(n for n, _ in texts)}; every sample needs its own folder; "
-                         "rename the files")
+        raise ValueError(f"reports or CTs of one name: {sorted(n for n, _ in texts)}; every sample needs its own "
+                         "folder; rename the files")
     long = [name for name, _, _ in names if len(name.encode()) > 240]
     if long:
         raise ValueError(f"{long[0]}: a name of {len(long[0].encode())} bytes; 240 are possible for a folder; "

@@ -2,11 +2,32 @@
 import json
 from pathlib import Path
 
-from support.weights import BEYOND
+import torch
+
+from support.cli import fast_bfloat16
+from support.weights import BEYOND, beyond
 
 SAMPLING = dict(low_steps=int, sr_steps=int, guidance=(int, float), interval=list, solver=str, agree=bool, tidy=bool,
                 shown=list)
 OF_STAGE_2 = ("sr_steps", "agree", "tidy")
+
+
+def settings(args, stages):
+    """How to sample: the command line, else sampling.json beside the weights, else 50 and 20 steps of DDIM at guidance
+    2; --plain: the paper's, whatever that file says.   -> dict"""
+    s = dict(low_steps=50, sr_steps=20, guidance=1.0 if args.plain else 2.0)
+    s |= {} if args.plain else how_to_sample(stages)
+    s |= {k: getattr(args, k) for k in SAMPLING if getattr(args, k, None) is not None}
+    check_sampling(s)
+    s["beyond"] = wanted(s)
+    if s["beyond"] and not beyond("sampling"):
+        raise ValueError(f"--model {args.model}: asks for {', '.join(s['beyond'])}; beyond/ has these and is not "
+                         "there; pass --plain, or restore that folder")
+    cuda = args.device.startswith("cuda")
+    small = cuda and torch.cuda.get_device_properties(args.device).total_memory < 16e9
+    return s | dict(device=args.device, slab=args.slab, one_stage=args.slab > 0 or small,
+                    amp=fast_bfloat16(args.device) if args.amp is None else args.amp,
+                    compile=cuda if args.compile is None else args.compile)
 
 
 def how_to_sample(stages):

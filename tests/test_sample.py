@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import beyond.train_sr
 import golden
 import sample
+import support.sampling
 import text_encoder
 import train_low
 import train_sr
@@ -131,6 +132,33 @@ def test_every_mask_may_be_fixed_and_a_ct_is_segmented(model, tmp_path):
     assert np.abs(volume(tmp_path / "b/ct").astype(int) - volume(tmp_path)).max() <= 1
     affines = [nibabel.load(tmp_path / f).affine for f in ("b/ct/lobe.nii.gz", "ct.nii.gz")]
     assert np.allclose(*affines)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_several_cts_are_segmented_under_their_names_on_their_own_grids(model, tmp_path, fails):
+    rng = np.random.default_rng(0)
+    (tmp_path / "scans").mkdir()
+    turn = np.array([[0, -7.0, 0, 150], [6.0, 0, 0, -160], [0, 0, 8.0, -140], [0, 0, 0, 1]])       # axes P R S
+    for name in ("one", "two"):
+        image = nibabel.Nifti1Image(rng.integers(-1000, 500, (50, 44, 36)).astype(np.int16), turn)
+        nibabel.save(image, tmp_path / f"scans/{name}.nii.gz")
+    (tmp_path / "scans/broken.nii.gz").write_bytes(b"no volume")
+    code, err = fails(sample.main, "--model", model, "--out", tmp_path / "m", "--ct", tmp_path / "scans", *QUICK)
+    assert code == 1 and "1 sample(s) not made" in err and "broken.nii.gz" in err
+    code, err = fails(sample.main, "--model", model, "--out", tmp_path / "n", "--grid", "native", *QUICK, "--ct",
+                      tmp_path / "scans")
+    for name in ("one", "two"):
+        scan, lobe, whole = (nibabel.load(tmp_path / f) for f in (f"scans/{name}.nii.gz", f"n/{name}/lobe.nii.gz",
+                                                                  f"m/{name}/lobe.nii.gz"))
+        assert lobe.shape == scan.shape and np.allclose(lobe.affine, scan.affine)
+        at = nibabel.affines.apply_affine(np.linalg.inv(whole.affine) @ lobe.affine,
+                                          np.argwhere(np.ones(lobe.shape)))
+        inside = ((at >= 0) & (at <= np.array(whole.shape) - 1)).all(1)
+        nearest = np.asarray(whole.dataobj)[tuple(np.rint(at[inside]).astype(int).T)]
+        same = np.asarray(lobe.dataobj).ravel()[inside] == nearest
+        assert inside.mean() > 0.5 and same.mean() > 0.99                # but where two voxels are as near
+    code, err = fails(sample.main, "--model", model, "--out", tmp_path / "o", "--grid", "like", *QUICK)
+    assert code == 2 and "of which file?" in err
 
 
 def test_stop_at_low_writes_the_low_resolution_volume_in_its_place(model, tmp_path):
@@ -321,7 +349,7 @@ def test_a_file_and_the_same_options_make_the_same_sample(told, tmp_path):
 
 
 def test_where_beyond_is_deleted_what_asks_for_it_is_refused_and_names_plain(told, monkeypatch):
-    monkeypatch.setattr(sample, "beyond", lambda name: None)
+    monkeypatch.setattr(support.sampling, "beyond", lambda name: None)
     with pytest.raises(ValueError, match="pass --plain, or restore that folder"):
         how(monkeypatch, told)
     assert how(monkeypatch, told, "--plain")["beyond"] == []

@@ -81,7 +81,7 @@ def read(scan, a, found):
                 share = np.mean(mask[0] > 0)
                 if not 0 < share <= WIDEST[c]:
                     raise ValueError(f"it fills {share:.0%} of the volume")
-                volumes[c], names[c] = mask, next(iter(files))
+                volumes[c], names[c] = (mask[0].astype(np.uint8), mask[1]), next(iter(files))
         arrays, center = on_grid(volumes, names, a.grid, a.center, a.as_is)
     for c in [c for c in MASKS if c in arrays and not arrays[c].any()]:
         found.append(f"{c} mask left out: nothing of it on the grid")

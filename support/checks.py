@@ -32,7 +32,7 @@ def load_channel(name, path):
             raise ValueError(f"{path}: {fault}; a chest CT in Hounsfield units has both; apply the rescale slope and "
                              "intercept, once")
         return array, affine
-    labels, top = np.unique(array), TOP[name]
+    labels, top = labels_of(array), TOP[name]
     if name != "lobe" and len(labels) == 2 and labels[0] == 0:
         array, labels = (array > 0).astype(np.float32), np.array([0, 1])  # {0,255} and the like
     if name == "lobe" and labels[-1] >= 10 and set(labels) <= {0, 10, 11, 12, 13, 14}:
@@ -47,6 +47,11 @@ def load_channel(name, path):
         print(f"warning: {path}: labels up to {labels[-1]:g}, so the left lung alone (1 LUL, 2 LLL, 3 RUL, 4 RML, "
               "5 RLL); a mask of both lungs is not one of lobes", file=sys.stderr)
     return array, affine
+
+
+def labels_of(array):
+    """The values of an array, sorted; slice by slice, since sorting all at once takes its memory twice more."""
+    return np.unique(np.concatenate([np.unique(part) for part in array]))
 
 
 # --- case folders ---

@@ -154,7 +154,8 @@ def resample(array, affine, out_affine, shape, linear, fill=0):
     output is coarser (no aliasing); else nearest   fill: the value outside.   -> float32 array of `shape`
     """
     M = np.linalg.inv(affine) @ out_affine                               # output index -> input index
-    source = torch.from_numpy(np.ascontiguousarray(array, np.float32))[None, None] - fill
+    source = torch.from_numpy(np.array(array, np.float32, order="C"))[None, None]
+    source -= fill
     size = torch.tensor(array.shape, dtype=torch.float64)
     ratio = np.linalg.norm(M[:3, :3], axis=0)                            # input voxels per output voxel, by axis
     counts = np.rint(ratio).clip(1, 4).astype(int) if linear else (1, 1, 1)

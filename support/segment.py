@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checks import load_channel
+from support.checks import labels_of, load_channel
 from support.files import whole_folder, write_atomic
 from support.nifti import load_nifti
 
@@ -91,7 +91,7 @@ def load_mask(kind, path):
     Of several labels the one counts that the file's own table of names says. Probabilities are cut at 0.5.
     """
     array, affine = load_nifti(path)
-    labels = np.unique(array)
+    labels = labels_of(array)
     names = label_names(path) if len(labels) > 2 else {}
     for way in PARTS.get(kind, []):
         numbers = {label: [k for k, name in names.items() if name == part] for part, label in way.items()}

@@ -20,7 +20,7 @@ BUDGETS = {"text_encoder": 340, "diffusion": 120, "unet3d": 260, "train_low": 30
 METHOD = {"diffusion": set(), "unet3d": set(), "data": set(), "text_encoder": {"data"},
           "train_low": {"data", "diffusion", "unet3d"}, "train_sr": {"train_low", "data", "diffusion", "unet3d"},
           "sample": {"data", "diffusion", "unet3d", "text_encoder"}}
-OURS = {*METHOD, "support", "beyond", "phantom", "evaluate"}
+OURS = {*METHOD, "support", "beyond", "phantom", "prepare", "evaluate"}
 
 
 def imports(path):

@@ -121,7 +121,7 @@ def find_ct_rate(root, args):
     texts, known, scans = by_name(args.reports), by_name(args.metadata), []
     own = Path(args.masks) if args.masks else next((p for p in (root / "ts_seg", root.parent / "ts_seg") if p.is_dir()),
                                                    None)
-    ready = {stem(p.name): p for p in sorted(own.rglob("*.nii*"))} if own else {}
+    ready = {stem(p.name): p for p in sorted(own.rglob("*.nii*")) if p.parent.name not in MASKS} if own else {}
     for path in sorted(root.rglob("*.nii*")):
         name = stem(path.name)
         match = CT_RATE.match(name)

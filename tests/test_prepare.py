@@ -109,13 +109,14 @@ def ct_rate(scans, tmp_path):
         summary = "Not given." if name == "valid_2_a_1" else f"It is {name}."
         reports.append([f"{name}.nii.gz", f"Seen in {name}.", summary])
         for c in ("airway", "vessel"):
-            (tmp_path / "masks" / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(case / f"{c}.nii.gz", tmp_path / "masks" / name)
+            (tmp_path / "masks" / c).mkdir(parents=True, exist_ok=True)
+            shutil.copy(case / f"{c}.nii.gz", tmp_path / "masks" / c / f"{name}.nii.gz")
         lobe = nibabel.load(case / "lobe.nii.gz")
         array = np.asarray(lobe.dataobj)
         total = np.where(array > 0, array + 9, 0).astype(np.uint8)
         total[:2, :2, :2] = 90
-        nibabel.save(nibabel.Nifti1Image(total, lobe.affine), tmp_path / "masks" / f"{name}.nii.gz")
+        (tmp_path / "masks/ts_total").mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(total, lobe.affine), tmp_path / f"masks/ts_total/{name}.nii.gz")
     header_of(tmp_path / "ct-rate/valid_2/valid_2_a/valid_2_a_1.nii.gz", lambda a: a + 1024)
     header_of(tmp_path / "ct-rate/valid_3/valid_3_a/valid_3_a_1.nii.gz", lambda a: a - 1024)
     for name, table in dict(reports=reports, metadata=metadata).items():

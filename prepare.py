@@ -83,9 +83,6 @@ def read(scan, a, found):
                     raise ValueError(f"it fills {share:.0%} of the volume")
                 volumes[c], names[c] = (mask[0].astype(np.uint8), mask[1]), next(iter(files))
         arrays, center = on_grid(volumes, names, a.grid, a.center, a.as_is)
-    for c in [c for c in MASKS if c in arrays and not arrays[c].any()]:
-        found.append(f"{c} mask left out: nothing of it on the grid")
-        del arrays[c]
     report = report_of(scan, found)
     voxels = {c: int((arrays[c] > 0).sum()) for c in MASKS if c in arrays}
     meta = dict(source={c: Path(p).name for c, p in names.items()}, grid=a.grid, center_ras_mm=center, as_is=a.as_is,
@@ -109,8 +106,11 @@ def report_of(scan, found):
 def told(found):
     """What the checks warn of on stderr becomes findings."""
     with contextlib.redirect_stderr(io.StringIO()) as stream:
-        yield
-    found += [line.removeprefix("warning: ") for line in stream.getvalue().splitlines() if line.startswith("warning: ")]
+        try:
+            yield
+        finally:
+            lines = stream.getvalue().splitlines()
+            found += [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ def header_of(path, change):
 
 # --- layouts ---
 
+@pytest.mark.slow
 def test_a_folder_a_case_flat_files_and_a_table_are_one_thing(scans, tmp_path):
     whole = run("folder", scans, tmp_path / "a")
     assert len(whole) == 5 and all((case / "report.txt").is_file() for case in whole.values())
@@ -79,6 +80,7 @@ def test_a_folder_a_case_flat_files_and_a_table_are_one_thing(scans, tmp_path):
     assert json.loads((tmp_path / "c" / "phantom_000000/case.json").read_text())["patient"] == "somebody"
 
 
+@pytest.mark.slow
 def test_every_axis_order_gives_the_same_case(scans, tmp_path):
     image = nibabel.load(scans / "phantom_000000/ct.nii.gz")
     array, whole = np.asarray(image.dataobj), None
@@ -215,6 +217,7 @@ def write_series(folder, ct, spacing=(2.0, 2.0, 2.0), skip=(), tilt=0.0, study="
         writer.Execute(image)
 
 
+@pytest.mark.slow
 def test_a_dicom_series_is_the_nifti_and_names_no_patient(tmp_path):
     ct = torso()[:, :, ::3]
     write_series(tmp_path / "pacs/a/series", ct, (2.0, 2.0, 6.0))
@@ -264,6 +267,7 @@ def test_what_is_wrong_is_named_and_passed_over(scans, tmp_path, capsys):
     assert (tmp_path / "out/sheets/cases_001.png").is_file() and (tmp_path / "out/sheets/cohort.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_nothing_and_new_scans_are_added(scans, tmp_path, fails):
     shutil.copytree(scans, tmp_path / "r")
     extra = tmp_path / "phantom_000004"
@@ -323,6 +327,7 @@ def test_a_dry_run_tells_and_writes_nothing(scans, tmp_path, capsys):
     assert "GB of memory; 4 in 1 processes:" in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_masks_are_made_by_a_tool_that_is_asked_for(scans, tmp_path, monkeypatch):
     """A command that writes what lungmask writes: one file of lobes."""
     root, tool = tmp_path / "r", tmp_path / "bin/lungmask"

@@ -67,6 +67,7 @@ def load_nifti(path):
             raise EOFError(f"cut short, {len(raw)} bytes of {need}")
         with np.errstate(over="ignore"), nibabel.imageglobals.LoggingOutputSuppressor():
             image = nibabel.as_closest_canonical(kind.from_bytes(raw))
+            raw = None                                                   # nibabel has a copy
             array = np.asarray(image.dataobj, np.float32).reshape(image.shape[:3])     # too large becomes infinite
     except damage() as e:
         raise ValueError(f"{path}: damaged ({e}); the whole file is needed; copy it again") from None

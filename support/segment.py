@@ -111,7 +111,7 @@ def load_mask(kind, path):
         more = " ..." if len(labels) > 6 else ""
         raise ValueError(f"{path}: values {', '.join(f'{v:g}' for v in labels[:6])}{more}; one structure is measured, "
                          f"0 and one other number; write {kind} alone")
-    return (array > 0).astype(np.float32), affine
+    return np.greater(array, 0, out=array), affine                       # in place: a scan is large
 
 
 def label_names(path):

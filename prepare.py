@@ -38,7 +38,7 @@ from support.cli import Parser, check_center, exits
 from support.files import read_json, write_atomic
 from support.nifti import read_header
 from support.pictures import cohort, sheet
-from support.reports import read_report, split_sections
+from support.reports import patient, read_report, split_sections
 from support.scans import RAD, axes, read_scan
 from support.segment import combined, segmented
 from support.sources import SOURCES
@@ -163,13 +163,17 @@ def copies(scans):
     return found
 
 
+def read_rows(path):
+    """-> {name: row} of a report, but one that a kill cut short; {} if there is none"""
+    with contextlib.suppress(FileNotFoundError), open(path, newline="", encoding="utf-8") as f:
+        return {r["id"]: r for r in csv.DictReader(f) if None not in r.values() and None not in r}
+    return {}
+
+
 def done(out, scans, a):
     """Rows of what was prepared before, by the report and the cases themselves.   -> {name: row}. ValueError if a case
     was made from something else"""
-    rows = {}
-    with contextlib.suppress(FileNotFoundError), open(out / "prepare_report.csv", newline="", encoding="utf-8") as f:
-        rows = {r["id"]: r for r in csv.DictReader(f) if None not in r.values() and None not in r}
-    keep, other = {}, []
+    rows, keep, other = read_rows(out / "prepare_report.csv"), {}, []
     for s in scans:
         row, its = rows.get(s.id), key(s, a)
         if (out / s.id).exists():
@@ -230,8 +234,9 @@ def prepare(a):
     new = bool(todo)
     out.mkdir(parents=True, exist_ok=True)
     report = out / "prepare_report.csv"
+    before = read_rows(report)                           # other folders may have been prepared into this one
     if todo:
-        write_rows(report, rows.values())
+        write_rows(report, (before | rows).values())
     bar = tqdm(total=len(scans), initial=len(rows), desc="prepare", unit="scan", mininterval=1)
     with open(report, "a", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, COLUMNS)
@@ -246,7 +251,7 @@ def prepare(a):
         bar.update()
     bar.close()
     if new:
-        write_rows(report, [rows[s.id] for s in scans])
+        write_rows(report, [row for _, row in sorted((before | rows).items())])
         pictures(out)
     split(out, a)
     tell(rows, a)
@@ -270,7 +275,7 @@ def tell(rows, a):
 
 def split(out, a):
     """split.json: who is held out, by patient; once."""
-    record, patients = out / "split.json", sorted({read_json(c / "case.json")["patient"] for c in cases(out)})
+    record, patients = out / "split.json", sorted({patient(c) for c in cases(out)})
     if record.is_file() or not patients:
         return
     if a.split:

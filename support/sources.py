@@ -2,6 +2,7 @@
 reading a voxel; support/scans.py reads one. docs/data.md shows the trees."""
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -31,7 +32,7 @@ def read_table(path):
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         else:
             first = text.split("\n", 1)[0]
-            rows = csv.DictReader(text.splitlines(True), delimiter=max(",;\t", key=first.count))
+            rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
         return [{str(k).strip().lower(): "" if v is None else str(v).strip() for k, v in row.items()} for row in rows]
     except (OSError, ValueError, AttributeError, csv.Error) as e:
         raise ValueError(f"{path}: no table ({e}); a CSV with a line of names, or a .jsonl, is needed; "
@@ -55,7 +56,7 @@ def report_of(row):
 
 
 def by_name(path, keys=("volumename", "id", "subject", "name", "filename")):
-    """-> {name: row} of a table, {} without one. ValueError if no column names the scans"""
+    """-> {name: row} of a table, {} without one. ValueError if no column names the scans, or two rows differ for one"""
     if not path:
         return {}
     rows = read_table(path)
@@ -63,7 +64,17 @@ def by_name(path, keys=("volumename", "id", "subject", "name", "filename")):
     if key is None:
         raise ValueError(f"{path}: columns {', '.join(rows[0]) if rows else 'none'}; one of {', '.join(keys)} names "
                          "the scans; rename it")
-    return {stem(row[key]): row for row in rows}
+    found = {}
+    for row in rows:
+        if found.setdefault(stem(row[key]), row) != row:
+            raise ValueError(f"{path}: two rows for {row[key]}; which is right is not known; mend the table")
+    return found
+
+
+def below(root, end):
+    """Files of a tree, linked folders too, whose name ends so or has .gz behind it.   -> sorted list"""
+    found = [Path(folder, f) for folder, _, files in os.walk(root, followlinks=True) for f in files]
+    return sorted(p for p in found if p.name.lower().removesuffix(".gz").endswith(end) and not p.name.startswith("."))
 
 
 # --- masks in a folder of their own ---
@@ -91,7 +102,9 @@ def find_folder(root, args):
     scans = []
     for ct in sorted({file_of(p.parent, "ct") for p in root.glob("*/ct.nii*")} - {None}):
         masks = {c: files for c in MASKS if (files := files_of(ct.parent, c)[1])} | masks_of(args.masks, ct.parent.name)
-        scans.append((ct.parent.name, ct, masks, next(ct.parent.glob("[!.]*.txt"), None)))
+        texts_there = sorted(ct.parent.glob("[!.]*.txt"))                # report.txt, or the only one
+        text = next((t for t in texts_there if t.name == "report.txt" or len(texts_there) == 1), None)
+        scans.append((ct.parent.name, ct, masks, text))
     flat = {m[1]: p for p in sorted(root.glob("[!.]*.nii*")) if (m := NIFTI.match(p.name))}
     for name, ct in flat.items():
         if any(name.endswith("_" + c) and name[:-len(c) - 1] in flat for c in MASKS):
@@ -121,8 +134,8 @@ def find_ct_rate(root, args):
     texts, known, scans = by_name(args.reports), by_name(args.metadata), []
     own = Path(args.masks) if args.masks else next((p for p in (root / "ts_seg", root.parent / "ts_seg") if p.is_dir()),
                                                    None)
-    ready = {stem(p.name): p for p in sorted(own.rglob("*.nii*")) if p.parent.name not in MASKS} if own else {}
-    for path in sorted(root.rglob("*.nii*")):
+    ready = {stem(p.name): p for p in below(own, ".nii") if p.parent.name not in MASKS} if own else {}
+    for path in below(root, ".nii"):
         name = stem(path.name)
         match = CT_RATE.match(name)
         if not match or own and own in path.parents:
@@ -143,7 +156,7 @@ def find_rad_chestct(root, args):
     texts, known = by_name(args.reports), by_name(args.metadata)
     return [Scan(name, known.get(name, {}).get("patient") or name, [path], masks_of(args.masks, name),
                  report_of(texts[name]) if name in texts else None, dict(orientation=args.orientation))
-            for path in sorted(root.rglob("[!.]*.npz")) for name in [stem(path.name)]]
+            for path in below(root, ".npz") for name in [stem(path.name)]]
 
 
 def secret(args):
@@ -159,7 +172,7 @@ def find_dicom(root, args):
     """Of every study the CT series with most slices. A patient is a salted hash, and so is the case's name."""
     sitk, salt = simpleitk(), secret(args)
     texts, studies = by_name(args.reports), defaultdict(list)
-    for folder in sorted({Path(d) for d, _, files in os.walk(root) if files}):
+    for folder in sorted({Path(d) for d, _, files in os.walk(root, followlinks=True) if files}):
         for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
             files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
             head = header(sitk, files[0])

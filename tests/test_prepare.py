@@ -21,6 +21,7 @@ import prepare
 import support.scans
 from data import CHANNELS, MASKS, cases
 from support.scans import axes, in_hu
+from support.sources import by_name, report_of
 from support.splits import read_split
 
 ROOT = Path(__file__).parent.parent
@@ -280,6 +281,11 @@ def test_the_same_command_again_does_nothing_and_new_scans_are_added(scans, tmp_
     shutil.move(extra, tmp_path / "r")
     assert len(run("folder", tmp_path / "r", tmp_path / "out")) == 5
     assert read_split(tmp_path / "out/split.json") == apart                               # newcomers are for training
+    other = tmp_path / "other/another"                                                    # a second folder of scans
+    shutil.copytree(tmp_path / "r/phantom_000000", other)
+    header_of(other / "ct.nii.gz", lambda a: a + 1)
+    assert len(run("folder", tmp_path / "other", tmp_path / "out")) == 6
+    assert list(rows(tmp_path / "out")) == ["another", *(f"phantom_00000{k}" for k in range(5))]
     os.utime(tmp_path / "r/phantom_000001/ct.nii.gz")
     args = ["--from", "folder", "--root", tmp_path / "r", "--out", tmp_path / "out", *GRID]
     code, err = fails(prepare.main, *args)
@@ -341,6 +347,21 @@ def test_masks_are_made_by_a_tool_that_is_asked_for(scans, tmp_path, monkeypatch
     made = run("folder", root, tmp_path / "a", "--segment", "lungmask")
     whole = run("folder", scans, tmp_path / "b")
     assert all(same(made[name], whole[name]) for name in whole)
+
+
+def test_tables_as_people_keep_them(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufeffVolumeName;Findings_EN;Impressions_EN\r\n'
+                                     'a.b.nii.gz;"two\r\nlines, and a \u2028 sign";\r\n'.encode())
+    row = by_name(tmp_path / "a.csv")["a.b"]
+    assert report_of(row) == "Findings: two\r\nlines, and a \u2028 sign\nImpression: "
+    (tmp_path / "b.csv").write_text("id,text\na,one\na,two\n")
+    with pytest.raises(ValueError, match="two rows for a"):
+        by_name(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("id,text\na,one\na,one\n")
+    assert report_of(by_name(tmp_path / "c.csv")["a"]) == "one"
+    (tmp_path / "d.csv").write_text("scan,text\na,one\n")
+    with pytest.raises(ValueError, match="columns scan, text"):
+        by_name(tmp_path / "d.csv")
 
 
 @pytest.mark.parametrize("args, said", [

@@ -17,7 +17,9 @@ import ctypes
 import hashlib
 import io
 import multiprocessing
+import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -33,19 +35,20 @@ from tqdm import tqdm
 
 from data import CHANNELS, FOV, MASKS, SCALE, cases, grid_affine, on_grid, write_case
 from support.anatomy import WIDEST
-from support.checks import check_grid
-from support.cli import Parser, check_center, exits
-from support.files import read_json, write_atomic
+from support.checks import check_grid, has
+from support.cli import Parser, check_center, exits, say
+from support.files import read_json, sha256, write_atomic
 from support.nifti import read_header
 from support.pictures import cohort, sheet
-from support.reports import patient, read_report, split_sections
+from support.reports import checked, patient, read_report, split_sections
 from support.scans import RAD, axes, read_scan
-from support.segment import combined, segmented
-from support.sources import SOURCES
+from support.segment import check_tool, combined, segmented
+from support.sources import SOURCES, by_name
 from support.splits import read_split, write_split
 
 COLUMNS = ("id", "patient", "verdict", "has", "findings", "ct", "seconds", "key")
 KEPT = ("kept", "kept, with a warning")
+COPY = "the same file as"
 PAGE = 20                         # cases of a page of pictures
 
 
@@ -53,19 +56,25 @@ PAGE = 20                         # cases of a page of pictures
 
 def make(scan, a):
     """One scan -> its case, or why there is none.   -> row of the report"""
-    began, found, has = time.time(), [], ()
+    began, found, there = time.time(), [], ()
     try:
         case, meta = read(scan, a, found)
-        has = [c for c in (*CHANNELS, "report") if case.get(c) is not None]
         own = dict(id=scan.id, patient=scan.patient, key=key(scan, a), findings=found)
         write_case(Path(a.out) / scan.id, **case, meta=dict(meta, patient=scan.patient, prepared=own))
+        there = [c for c in (*CHANNELS, "report") if case.get(c) is not None]
         verdict = KEPT[bool(found)]
+        shutil.rmtree(Path(a.out) / ".segmented" / scan.id, ignore_errors=True)
     except ValueError as e:
         verdict, found = "refused", [*found, str(e)]
     except (OSError, RuntimeError, MemoryError) as e:
         verdict, found = "failed", [*found, f"{type(e).__name__}: {e}"]
-    return dict(id=scan.id, patient=scan.patient, verdict=verdict, has=" ".join(has), findings=" | ".join(found),
-                ct=str(scan.files[0]), seconds=round(time.time() - began, 1), key=key(scan, a))
+    return dict(id=scan.id, patient=scan.patient, verdict=verdict, has=" ".join(there), findings=" | ".join(found),
+                ct=named(scan), seconds=round(time.time() - began, 1), key=key(scan, a))
+
+
+def named(scan):
+    """What the report calls a scan; of DICOM no path, which may hold a name."""
+    return f"{len(scan.files)} slices" if "dicom" in scan.about else str(scan.files[0])
 
 
 def read(scan, a, found):
@@ -74,7 +83,7 @@ def read(scan, a, found):
     with told(found):
         ct, affine, note = read_scan(scan)
         found += [f"CT: {note}"] if note else []
-        volumes, names = {"ct": (ct, affine)}, {"ct": scan.files[0]}
+        volumes, names = {"ct": (ct, affine)}, {"ct": named(scan)}
         for c, files in (segmented(scan, (ct, affine), a) | scan.masks).items():
             with said(found, f"{c} mask left out: "):
                 mask = combined(c, files)
@@ -96,7 +105,7 @@ def report_of(scan, found):
     if scan.report is None:
         return None
     with said(found, "report left out: "):
-        text = read_report(scan.report) if isinstance(scan.report, Path) else scan.report
+        text = read_report(scan.report) if isinstance(scan.report, Path) else checked(scan.report, "its row")
         for name, part in zip(("Findings", "Impression"), split_sections(text)):
             found += [] if part else [f"report: no {name}"]
         return text if any(split_sections(text)) else None
@@ -128,7 +137,7 @@ def key(scan, a):
     """What a case is made of: files as they are now, and options.   -> text"""
     files = [*scan.files, *(p for its in scan.masks.values() for p in its)]
     files += [scan.report] if isinstance(scan.report, Path) else []
-    seen = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
+    seen = [(os.path.relpath(p, a.root), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
     asked = (a.grid, a.center, a.as_is, a.segment, scan.about, None if isinstance(scan.report, Path) else scan.report)
     return hashlib.sha256(repr((seen, asked)).encode()).hexdigest()[:16]
 
@@ -147,26 +156,33 @@ def find(a):
     if twice or odd:
         raise ValueError(f"--root {root}: scans {'of one name' if twice else 'with names of no folder'}: "
                          f"{', '.join((twice or odd)[:3])}; each becomes a folder; rename them")
+    for name, table in dict(reports=a.reports, metadata=a.metadata).items():
+        rows, ids = by_name(table), {s.id for s in scans}
+        if a.source != "dicom" and not a.limit and table and rows.keys() ^ ids:
+            say(f"warning: --{name} {table}: {len(rows.keys() - ids)} of its rows name no scan, "
+                f"{len(ids - rows.keys())} of {len(ids)} scans are not in it")
     return scans
 
 
-def copies(scans):
-    """Scans whose first file has the bytes of another's.   -> {name: name of the first}"""
-    sizes, found, first = Counter(s.files[0].stat().st_size for s in scans), {}, {}
-    for s in scans:
-        if sizes[s.files[0].stat().st_size] > 1:         # others cannot be copies
-            with open(s.files[0], "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").digest()
-            if digest in first:
-                found[s.id] = first[digest]
-            first.setdefault(digest, s.id)
+def copies(scans, rows):
+    """Scans whose first file has the bytes of another's, those in `rows` first.   -> {name: name of that one}"""
+    there = sorted((s for s in scans if s.files[0].is_file()), key=lambda s: (s.id not in rows, s.id))
+    size = {s.id: s.files[0].stat().st_size for s in there}
+    shared, found, first = Counter(size.values()), {}, {}
+    for s in (s for s in there if shared[size[s.id]] > 1):               # others cannot be copies
+        digest = sha256(s.files[0])
+        if digest in first:
+            found[s.id] = first[digest]
+        first.setdefault(digest, s.id)
     return found
 
 
 def read_rows(path):
     """-> {name: row} of a report, but one that a kill cut short; {} if there is none"""
     with contextlib.suppress(FileNotFoundError), open(path, newline="", encoding="utf-8") as f:
-        return {r["id"]: r for r in csv.DictReader(f) if None not in r.values() and None not in r}
+        rows = csv.DictReader(f)
+        if tuple(rows.fieldnames or ()) == COLUMNS:      # a spreadsheet may have saved something else
+            return {r["id"]: r for r in rows if None not in r.values() and None not in r}
     return {}
 
 
@@ -178,17 +194,19 @@ def done(out, scans, a):
         row, its = rows.get(s.id), key(s, a)
         if (out / s.id).exists():
             own = read_json(out / s.id / "case.json").get("prepared", {})
-            if own.get("key") != its:
+            if (own.get("key"), own.get("patient")) != (its, s.patient):
                 other.append(s.id)
             elif not row or row["key"] != its:           # killed between the case and its row
-                row = dict(dict.fromkeys(COLUMNS, ""), **own, verdict=KEPT[bool(own["findings"])], ct=str(s.files[0]))
+                row = dict(dict.fromkeys(COLUMNS, ""), **own, verdict=KEPT[bool(own["findings"])], ct=named(s),
+                           has=" ".join(has(out / s.id)).replace("text", "report"))
                 row["findings"] = " | ".join(own["findings"])
             keep[s.id] = row
-        elif row and row["key"] == its and row["verdict"] == "refused":
+        elif row and row["key"] == its and row["verdict"] == "refused" and not row["findings"].startswith(COPY):
             keep[s.id] = row
     if other:
-        raise ValueError(f"{out}: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''}: made from other files or "
-                         "with other options; a case is written once; remove them, or choose another --out")
+        raise ValueError(f"{out}: {', '.join(other[:3])}{' ...' if len(other) > 3 else ''}: made from other files, of "
+                         "another patient or with other options; a case is written once; remove them, or choose "
+                         "another --out")
     return keep
 
 
@@ -229,31 +247,39 @@ def prepare(a):
     scans, out = find(a), Path(a.out)
     if a.dry_run:
         return foresee(scans, a)
+    check_tool(a.segment)
+    apart = named_apart(out, scans, a)
     rows = done(out, scans, a)
-    todo, same = [s for s in scans if s.id not in rows], copies(scans)
-    new = bool(todo)
+    todo = [s for s in scans if s.id not in rows]
+    same, report = copies(scans, rows) if todo else {}, out / "prepare_report.csv"
     out.mkdir(parents=True, exist_ok=True)
-    report = out / "prepare_report.csv"
     before = read_rows(report)                           # other folders may have been prepared into this one
-    if todo:
+    if todo or before | rows != before:
         write_rows(report, (before | rows).values())
     bar = tqdm(total=len(scans), initial=len(rows), desc="prepare", unit="scan", mininterval=1)
     with open(report, "a", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, COLUMNS)
-        for row in results([s for s in todo if s.id not in same], a):
-            rows[row["id"]] = row
-            writer.writerow(row)
-            f.flush()
-            bar.update()
-    for s in [s for s in todo if s.id in same]:
-        rows[s.id] = dict(dict.fromkeys(COLUMNS, ""), id=s.id, patient=s.patient, verdict="refused", ct=str(s.files[0]),
-                          findings=f"the same file as {same[s.id]}", key=key(s, a))
+
+        def work(some):
+            for row in results(some, a):
+                rows[row["id"]] = row
+                writer.writerow(row)
+                f.flush()
+                bar.update()
+
+        work([s for s in todo if s.id not in same])
+        others = [s for s in todo if s.id in same]
+        work([s for s in others if rows[same[s.id]]["verdict"] not in KEPT])             # the first may lack its masks
+    for s in [s for s in others if s.id not in rows]:
+        rows[s.id] = dict(dict.fromkeys(COLUMNS, ""), id=s.id, patient=s.patient, verdict="refused", ct=named(s),
+                          findings=f"{COPY} {same[s.id]}", key=key(s, a))
         bar.update()
     bar.close()
-    if new:
+    if todo:
         write_rows(report, [row for _, row in sorted((before | rows).items())])
+    if todo or not (out / "sheets").is_dir():
         pictures(out)
-    split(out, a)
+    split(out, apart, a)
     tell(rows, a)
 
 
@@ -273,14 +299,26 @@ def tell(rows, a):
                          f"see {a.out}/prepare_report.csv")
 
 
-def split(out, a):
-    """split.json: who is held out, by patient; once."""
+def named_apart(out, scans, a):
+    """Who is to be held out by --split, or None. ValueError if it names nobody here, or another split is written."""
+    if not a.split:
+        return None
+    named, record = read_split(a.split), out / "split.json"
+    if not set(named) & {s.patient for s in scans}:
+        raise ValueError(f"--split {a.split}: none of its {len(named)} names is a patient here, such as "
+                         f"{scans[0].patient}; names are needed; mend it")
+    if record.is_file() and set(read_split(record)) != set(named):
+        raise ValueError(f"{record}: holds out others than --split {a.split}; who was held out stays so; leave --split "
+                         "out, or remove that file if nothing was trained on these cases")
+    return named
+
+
+def split(out, named, a):
+    """split.json: who is held out, by patient; once, and not for a part of the scans."""
     record, patients = out / "split.json", sorted({patient(c) for c in cases(out)})
-    if record.is_file() or not patients:
+    if record.is_file() or not patients or a.limit:
         return
-    if a.split:
-        named = read_split(a.split)
-    else:
+    if named is None:
         order = np.random.default_rng(a.seed).permutation(len(patients))
         few = min(a.held_out > 0, len(patients) - 1)       # one at least
         named = [patients[i] for i in order[:max(few, round(a.held_out * len(patients)))]]

@@ -142,7 +142,7 @@ def sample(args):
     names = names_of(texts, args.samples, args.seed)
     ct_of = {name: cts[i // args.samples] for i, (name, _, _) in enumerate(names)}
     names, failed = readable(names)
-    names = missing(out, names) if args.resume else names
+    names = missing(out, names, ct_of) if args.resume else names
     if not names:
         return print(f"{out}: nothing is missing")
     check_free(out, names, WRITTEN, args.overwrite)
@@ -184,9 +184,9 @@ def sample(args):
                 failed.append(e)
                 continue
             about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, {fixes}", text=text, seed=seed,
-                         sampling=s, center_ras_mm=list(center), seconds=round(time.time() - began, 1),
-                         arguments=vars(args), weights={kind: about for kind, (_, about) in stages.items()},
-                         torch=torch.__version__)
+                         ct=ct and str(ct), sampling=s, center_ras_mm=list(center), arguments=vars(args),
+                         seconds=round(time.time() - began, 1), torch=torch.__version__,
+                         weights={kind: about for kind, (_, about) in stages.items()})
             write(out / name, x, affine, about, args.overwrite, like=next(iter(paths.values())) if args.grid else None)
     if args.ct and stages["low"][1].get("source") == ["phantom"]:
         say(f"warning: {args.model} saw phantoms alone: its masks of a patient's CT are not to be relied on")
@@ -223,7 +223,7 @@ def main(argv=None):
         add(f"--{c}", metavar="NIFTI", help=f"{c} mask to keep")
     add("--ct", nargs="+", metavar="NIFTI", help="CTs to segment, or folders of them: masks come out (table 5)")
     add("--center", type=float, nargs=3, metavar=("X", "Y", "Z"),
-        help="centre of the field of view, world mm; default the lobe mask's, else that of the first volume")
+        help="centre of the field of view, world mm; default the lungs' (lobe mask or CT), else the first volume's")
     add("--as-is", action="store_true", help="take masks that do not look like a chest's, with a warning")
     add = p.add_argument_group("sampling (default: as the weights' sampling.json says, else as here)").add_argument
     add("--guidance", type=float, help="1 none (the paper), 2 (default; released previews), 3 (released, anatomy)")

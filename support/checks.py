@@ -220,7 +220,7 @@ def check_folder(folder, folders, low_of):
     """Every case of a folder: what is wrong and how to mend it, and how many lack what.   folders: its cases
     low_of: as of `faults`   ValueError if any is not sound"""
     there = Path(folder)
-    broken = sorted({p for p in there.glob("[!.@]*") if p.is_dir()} - set(folders)) if there.is_dir() else []
+    broken = sorted({p.parent for end in ("*.npy", "case.json") for p in there.glob(f"[!.@]*/{end}")} - set(folders))
     wrong, lacking = 0, Counter()
     for case in folders + broken:
         found = faults(case, low_of)

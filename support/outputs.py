@@ -9,8 +9,13 @@ def each_ct(asked, texts):
     """The CTs of --ct, files, folders of them or of cases, each with every text.   asked: list of paths
     texts: list of (name, text)   -> list of (name, text), list of the CT of each or None"""
     files = []
+    if "" in asked:
+        raise ValueError("--ct '': no name of a file; a CT is a NIfTI; check the variable that should hold it")
     for path in map(Path, asked):
-        found = [path] if not path.is_dir() else sorted(path.glob("[!.]*.nii*")) or sorted(path.glob("[!.]*/ct.nii*"))
+        there = sorted(path.glob("[!.]*")) if path.is_dir() else []
+        found = [path] if not path.is_dir() else [p for p in there if re.search(r"\.nii(\.gz)?$", p.name, re.I) and
+                                                  not re.search(r"_(lobe|airway|vessel)\.", p.name)]
+        found = found or [p for p in sorted(path.glob("[!.]*/ct.nii*")) if p.suffix in (".gz", ".nii")]
         if not found:
             raise ValueError(f"--ct {path}: no *.nii.gz, no */ct.nii.gz in it; a CT is needed; check the path")
         files += found
@@ -52,8 +57,9 @@ def readable(names):
     return [n for n in names if not isinstance(n[1], ValueError)], bad
 
 
-def missing(out, names):
-    """Those samples that are not there yet. ValueError if one that is there was made from something else."""
+def missing(out, names, ct_of):
+    """Those samples that are not there yet. ValueError if one that is there was made from something else.
+    ct_of: {name: its CT or None}"""
     left = []
     for name, text, seed in names:
         record = out / name / "sample.json"
@@ -61,9 +67,9 @@ def missing(out, names):
             left.append((name, text, seed))
             continue
         made = json.loads(record.read_text()) if record.is_file() else {}
-        if (made.get("text"), made.get("seed")) != (text, seed):
-            raise ValueError(f"{out / name}: was not made from this text with seed {seed}; --resume adds to samples of "
-                             "the same command; choose another --out")
+        if (made.get("text"), made.get("seed"), made.get("ct")) != (text, seed, ct_of[name] and str(ct_of[name])):
+            raise ValueError(f"{out / name}: was not made from this text with seed {seed}, or not of this CT; --resume "
+                             "adds to samples of the same command; choose another --out")
     return left
 
 

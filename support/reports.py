@@ -35,6 +35,11 @@ def read_report(path):
         text = path.read_text(encoding="utf-8-sig").strip()              # without the mark that some editors put first
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text; a report is plain text; save it as such") from None
+    return checked(text, path)
+
+
+def checked(text, path):
+    """A report's text if it is one; ValueError else.   path: where it stands"""
     for name, found in (("RTF", text.startswith("{\\rtf")), ("HTML", TAG.search(text)), ("JSON", JSON.match(text))):
         if found:
             raise ValueError(f"{path}: {name}; a report is plain text; "

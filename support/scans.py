@@ -26,7 +26,8 @@ def read_scan(scan):
         affine = spaced(affine, about["ct_rate"])
         return in_hu(ct, affine, about["ct_rate"], first)
     if fault := fault_of_hu(ct):
-        raise ValueError(f"{first}: {fault}; a chest CT in Hounsfield units has both; apply the rescale slope and "
+        where = "the series" if "dicom" in about else first
+        raise ValueError(f"{where}: {fault}; a chest CT in Hounsfield units has both; apply the rescale slope and "
                          "intercept, once")
     return ct, affine, ""
 
@@ -77,11 +78,15 @@ def read_npz(path, codes):
     try:
         with np.load(path) as f:
             ct = f["ct"]
+    except (OSError, MemoryError):                       # of the disk, the machine: it may be read another time
+        raise
     except (*UNREADABLE, KeyError, zipfile.BadZipFile, zlib.error) as e:
         raise ValueError(f"{path}: no array ct in it ({type(e).__name__}); RAD-ChestCT's files have one; "
                          "fetch it again") from None
     if ct.ndim != 3 or ct.dtype.kind not in "iuf" or min(ct.shape) < 16:
         raise ValueError(f"{path}: ct is {ct.dtype} {ct.shape}; one 3D CT is needed; fetch it again")
+    if not np.isfinite(ct).all():
+        raise ValueError(f"{path}: voxels are NaN or infinite; all must be numbers; mend it first")
     ct, affine = upright(ct.astype(np.float32), RAD[1] * axes(codes or RAD[0]))
     if not codes and not fault_of_hu(ct) and (fault := fault_of_orientation(ct, affine)):
         raise ValueError(f"{path}: {fault}; its axes should lead to {RAD[0]} (below, behind, left); "
@@ -136,9 +141,11 @@ def tag(head, name):
 def read_dicom(files):
     """A series, rescaled to HU as its slices say. ValueError by name for a tilted gantry, missing slices, slices of
     several kinds."""
-    sitk, where = simpleitk(), files[0].parent
+    sitk, where = simpleitk(), "the series"              # no path: it may hold a name
     try:
-        heads = [header(sitk, f) for f in files]
+        heads = {tag(head, "0008|0018") or f: (head, f) for f in files for head in [header(sitk, f)]}      # each once
+        along = np.array(next(iter(heads.values()))[0].GetDirection())[2::3]
+        heads, files = zip(*sorted(heads.values(), key=lambda it: np.dot(it[0].GetOrigin(), along)))
         turns = np.array([h.GetDirection() for h in heads]).reshape(-1, 3, 3)
         kinds = {(h.GetSize()[:2], tuple(np.round(h.GetSpacing()[:2], 4))) for h in heads}
         at = np.array([h.GetOrigin() for h in heads])

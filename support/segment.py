@@ -172,6 +172,14 @@ def segmented(scan, ct, a):
     return {c: files for c in wanted if (files := files_of(tools[a.segment](folder, TASKS[c]), c)[1])}
 
 
+def check_tool(name):
+    """ValueError unless the tool of --segment is installed; before the first scan is read."""
+    for tool, package in dict(totalseg="TotalSegmentator", lungmask="lungmask").items():
+        if tool == name and not shutil.which(package):
+            raise ValueError(f"--segment {name}: {package} is not installed; pip install {package}, or give the masks "
+                             "by --masks")
+
+
 def lungmask(case, task):
     """Lobes by the command of lungmask.   -> the folder"""
     return by_command(case, "lungmask", "lobe", "pip install lungmask",

@@ -29,7 +29,7 @@ def read_table(path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             first = text.split("\n", 1)[0]
             rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
@@ -65,8 +65,9 @@ def by_name(path, keys=("volumename", "id", "subject", "name", "filename")):
         raise ValueError(f"{path}: columns {', '.join(rows[0]) if rows else 'none'}; one of {', '.join(keys)} names "
                          "the scans; rename it")
     found = {}
-    for row in rows:
-        if found.setdefault(stem(row[key]), row) != row:
+    for row in filter(lambda row: any(row.values()), rows):
+        name = stem(row[key] if key in ("volumename", "filename") else row[key].replace("/", "\\"))
+        if found.setdefault(name, row) != row:
             raise ValueError(f"{path}: two rows for {row[key]}; which is right is not known; mend the table")
     return found
 
@@ -105,7 +106,7 @@ def find_folder(root, args):
         texts_there = sorted(ct.parent.glob("[!.]*.txt"))                # report.txt, or the only one
         text = next((t for t in texts_there if t.name == "report.txt" or len(texts_there) == 1), None)
         scans.append((ct.parent.name, ct, masks, text))
-    flat = {m[1]: p for p in sorted(root.glob("[!.]*.nii*")) if (m := NIFTI.match(p.name))}
+    flat = {m[1]: p for p in sorted(root.glob("[!.]*")) if (m := NIFTI.match(p.name))}
     for name, ct in flat.items():
         if any(name.endswith("_" + c) and name[:-len(c) - 1] in flat for c in MASKS):
             continue
@@ -117,28 +118,23 @@ def find_folder(root, args):
 
 
 def of_table(root, args, name, row, texts):
-    """A row of id,patient,ct,lobe,airway,vessel,report, paths below the root."""
-    def there(column):
-        path = root / row[column]
-        if not path.is_file():
-            raise ValueError(f"{args.metadata}: {name}: no file {path}; paths are below --root; mend the table")
-        return path
-
-    text = report_of(texts[name]) if name in texts else there("report") if row.get("report") else None
-    masks = masks_of(args.masks, name) | {c: {there(c): 1} for c in MASKS if row.get(c)}
-    return Scan(name, row.get("patient") or name, [there("ct")], masks, text, {})
+    """A row of id,patient,ct,lobe,airway,vessel,report, paths below the root; of files that are not there it is said
+    when the scan is read."""
+    text = report_of(texts[name]) if name in texts else root / row["report"] if row.get("report") else None
+    masks = masks_of(args.masks, name) | {c: {root / row[c]: 1} for c in MASKS if row.get(c)}
+    return Scan(name, row.get("patient") or name, [root / row["ct"]], masks, text, {})
 
 
 def find_ct_rate(root, args):
     """valid_1/valid_1_a/valid_1_a_1.nii.gz anywhere below; reports and metadata by VolumeName."""
     texts, known, scans = by_name(args.reports), by_name(args.metadata), []
-    own = Path(args.masks) if args.masks else next((p for p in (root / "ts_seg", root.parent / "ts_seg") if p.is_dir()),
-                                                   None)
-    ready = {stem(p.name): p for p in below(own, ".nii") if p.parent.name not in MASKS} if own else {}
+    places = [p.resolve() for p in (root / "ts_seg", root.parent / "ts_seg", Path(args.masks or root / "ts_seg"))]
+    ready = {stem(p.name): p for place in places for p in below(place, ".nii")
+             if any(part.startswith("ts_") for part in (place.name, *p.relative_to(place).parts[:-1]))}
     for path in below(root, ".nii"):
         name = stem(path.name)
         match = CT_RATE.match(name)
-        if not match or own and own in path.parents:
+        if not match or set(places) & set(path.resolve().parents):
             continue
         masks = masks_of(args.masks, name)
         if "lobe" not in masks and name in ready:
@@ -169,22 +165,29 @@ def secret(args):
 
 
 def find_dicom(root, args):
-    """Of every study the CT series with most slices. A patient is a salted hash, and so is the case's name."""
+    """Of every study the CT series with most slices, from however many folders. A patient is a salted hash, and so is
+    the case's name; OUT/.origins.csv alone says which folder it came from."""
+    if args.metadata:
+        raise ValueError("--from dicom with --metadata; the files say whose they are; leave it out")
     sitk, salt = simpleitk(), secret(args)
-    texts, studies = by_name(args.reports), defaultdict(list)
+    texts, studies, origins = by_name(args.reports), defaultdict(dict), []
     for folder in sorted({Path(d) for d, _, files in os.walk(root, followlinks=True) if files}):
         for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
             files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
             head = header(sitk, files[0])
             if tag(head, "0008|0060") == "CT" and "LOCALIZER" not in tag(head, "0008|0008"):
                 study = tag(head, "0020|000d") or str(folder)
-                studies[study].append((len(files), series, files, tag(head, "0010|0020") or study))
+                key = tag(head, "0020|000e") or series   # GDCM's own name of a series has more in it
+                studies[study].setdefault(key, (tag(head, "0010|0020") or study, []))[1].extend(map(Path, files))
     scans = []
     for study, found in sorted(studies.items()):
-        _, series, files, who = max(found)
+        series, (who, files) = max(found.items(), key=lambda item: (len(item[1][1]), item[0]))
         name, patient = (hashlib.sha256((salt + x).encode()).hexdigest()[:12] for x in (series, who))
-        scans.append(Scan(name, patient, [Path(f) for f in files], masks_of(args.masks, name),
+        scans.append(Scan(name, patient, files, masks_of(args.masks, study),
                           report_of(texts[study]) if study in texts else None, dict(dicom=True)))
+        origins.append(f"{name},{files[0].parent}\n")
+    if not args.dry_run:
+        write_atomic(Path(args.out) / ".origins.csv", "".join(origins).encode())
     return scans
 
 

@@ -223,6 +223,9 @@ def test_a_dicom_series_is_the_nifti_and_names_no_patient(tmp_path):
     ct = torso()[:, :, ::3]
     write_series(tmp_path / "pacs/a/series", ct, (2.0, 2.0, 6.0))
     write_series(tmp_path / "pacs/b", ct[:, :, :30], (2.0, 2.0, 6.0), study="2")
+    (tmp_path / "pacs/more").mkdir()                                     # a series over two folders, a slice twice
+    for k, f in enumerate(sorted((tmp_path / "pacs/a/series").iterdir())[:20]):
+        (shutil.copy if k == 0 else shutil.move)(f, tmp_path / "pacs/more" / f.name)
     made = run("dicom", tmp_path / "pacs", tmp_path / "a")
     nibabel.save(nibabel.Nifti1Image(ct, np.diag([2, 2, 6, 1])), tmp_path / "x.nii")
     (tmp_path / "nii").mkdir()
@@ -231,8 +234,9 @@ def test_a_dicom_series_is_the_nifti_and_names_no_patient(tmp_path):
     assert len(made) == 2 and any(same_ct(case, alone) for case in made.values())
     patients = {json.loads((case / "case.json").read_text())["patient"] for case in made.values()}
     assert len(patients) == 1
-    said = "".join(p.read_text() for p in (tmp_path / "a").rglob("*") if p.suffix in (".json", ".csv"))
-    assert "4711" not in said and "Doe" not in said
+    said = "".join(p.read_text() for p in (tmp_path / "a").rglob("[!.]*") if p.suffix in (".json", ".csv"))
+    assert "4711" not in said and "Doe" not in said and "pacs" not in said
+    assert "pacs" in (tmp_path / "a/.origins.csv").read_text()
 
 
 def test_series_with_holes_or_a_tilt_are_refused_by_name(tmp_path):
@@ -314,7 +318,7 @@ def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(scans, tmp_path):
             break
         time.sleep(0.1)
     assert len(cases(tmp_path / "out")) < 20
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and "20 cases" in done.stdout, done.stderr
     alone = run("folder", root, tmp_path / "alone")
     assert all(same(case, tmp_path / "out" / name) for name, case in alone.items())
@@ -349,11 +353,66 @@ def test_masks_are_made_by_a_tool_that_is_asked_for(scans, tmp_path, monkeypatch
     assert all(same(made[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
+def test_who_a_patient_is_and_who_is_held_out_does_not_change_silently(scans, tmp_path, fails, capsys):
+    shutil.copytree(scans, tmp_path / "r")
+    out, args = tmp_path / "out", ["--from", "folder", "--root", tmp_path / "r", *GRID]
+    (tmp_path / "p.csv").write_text("id,patient\nphantom_000000,P\nphantom_000001,P\nphantom_9,P\n")
+    run("folder", tmp_path / "r", out, "--limit", 1)
+    assert not (out / "split.json").exists()                             # of a part, none
+    code, err = fails(prepare.main, *args, "--out", out, "--metadata", tmp_path / "p.csv")
+    assert code == 2 and "phantom_000000: made from other files, of another patient" in err
+    (tmp_path / "s.json").write_text('{"held_out": ["nobody"]}')
+    code, err = fails(prepare.main, *args, "--out", tmp_path / "b", "--split", tmp_path / "s.json")
+    assert code == 2 and "none of its 1 names is a patient here" in err and not (tmp_path / "b").exists()
+    (tmp_path / "s.json").write_text('{"held_out": ["P", "nobody"]}')
+    run("folder", tmp_path / "r", tmp_path / "b", "--metadata", tmp_path / "p.csv", "--split", tmp_path / "s.json")
+    assert "1 of its rows name no scan, 3 of 5 scans are not in it" in capsys.readouterr().err
+    training, apart = data.split_cases(tmp_path / "b", 5)
+    assert [c.name for c in apart] == ["phantom_000000", "phantom_000001"] and len(training) == 3
+
+
+@pytest.mark.slow
+def test_a_copy_is_refused_only_of_what_is_kept(scans, tmp_path):
+    root = tmp_path / "r"
+    for name, of in dict(b="phantom_000000", a="phantom_000000", z="phantom_000001").items():
+        shutil.copytree(scans / of, root / name)
+    header_of(root / "a/lobe.nii.gz", lambda a: a[::-1])                 # a is refused, its copy b is not
+    assert sorted(run("folder", root, tmp_path / "out")) == ["b", "z"]
+    shutil.copytree(root / "z", root / "y")                              # sorts before what is kept already
+    os.symlink("nowhere", root / "flat.nii.gz")
+    assert sorted(run("folder", root, tmp_path / "out")) == ["b", "z"]
+    assert rows(tmp_path / "out")["y"]["findings"] == "the same file as z"
+    assert "no such file" in rows(tmp_path / "out")["flat"]["findings"]
+    shutil.rmtree(root / "z")
+    shutil.rmtree(tmp_path / "out/z")
+    assert sorted(run("folder", root, tmp_path / "out")) == ["b", "y"]
+
+
+@pytest.mark.slow
+def test_what_is_prepared_is_sound_and_a_report_that_a_spreadsheet_saved_is_made_anew(scans, tmp_path, capsys, fails):
+    out = tmp_path / "out"
+    for case in run("folder", scans, out).values():
+        np.save(case / "text.npy", np.zeros((4, 8), np.float16))
+    data.main(["check", str(out)])
+    assert "5 cases, all sound" in capsys.readouterr().out
+    before = (out / "prepare_report.csv").read_text()
+    for text in ("id;patient\n", ""):
+        (out / "prepare_report.csv").write_text(text)
+        shutil.rmtree(out / "sheets")
+        run("folder", scans, out)
+        seen, was = (list(csv.DictReader(t.splitlines())) for t in ((out / "prepare_report.csv").read_text(), before))
+        assert [{**r, "seconds": ""} for r in was] == seen and (out / "sheets/cohort.png").is_file()
+    args = ["--from", "folder", "--root", scans, "--out", tmp_path / "c"]
+    code, err = fails(prepare.main, *args, "--segment", "totalseg")
+    assert code == 2 and "TotalSegmentator is not installed" in err and not (tmp_path / "c").exists()
+
+
 def test_tables_as_people_keep_them(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufeffVolumeName;Findings_EN;Impressions_EN\r\n'
                                      'a.b.nii.gz;"two\r\nlines, and a \u2028 sign";\r\n'.encode())
     row = by_name(tmp_path / "a.csv")["a.b"]
-    assert report_of(row) == "Findings: two\r\nlines, and a \u2028 sign\nImpression: "
+    assert report_of(row) == "Findings: two\nlines, and a \u2028 sign\nImpression: "
     (tmp_path / "b.csv").write_text("id,text\na,one\na,two\n")
     with pytest.raises(ValueError, match="two rows for a"):
         by_name(tmp_path / "b.csv")

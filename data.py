@@ -78,11 +78,13 @@ def to_model(paths, grid, center=None, as_is=False):
 
 
 def on_grid(volumes, paths, grid, center=None, as_is=False):
-    """The same of volumes that are read.   volumes: {name: (array (X,Y,Z), RAS+ order, affine)}   paths: their names"""
+    """The same of volumes that are read.   volumes: {name: (array (X,Y,Z), RAS+ order, affine)}, emptied on the way
+    paths: their names"""
     judge(paths.values(), faults_of_places(volumes), [], as_is)
     center = field_of_view(volumes, paths, FOV, center)
     A, out = grid_affine(grid, center), {}
-    for name, (array, affine) in volumes.items():
+    for name in list(volumes):
+        array, affine = volumes.pop(name)                # a scan is large
         fill = HU[0] if name == "ct" else 0
         a = resample(array, affine, A, (grid,) * 3, linear=name == "ct", fill=fill)
         out[name] = np.rint(a.clip(-1024, 3071)).astype(np.int16) if name == "ct" else np.rint(a).astype(np.uint8)

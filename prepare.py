@@ -82,6 +82,7 @@ def read(scan, a, found):
     said of one that is kept"""
     with told(found):
         ct, affine, note = read_scan(scan)
+        shape = ct.shape
         found += [f"CT: {note}"] if note else []
         volumes, names = {"ct": (ct, affine)}, {"ct": named(scan)}
         for c, files in (segmented(scan, (ct, affine), a) | scan.masks).items():
@@ -91,12 +92,13 @@ def read(scan, a, found):
                 if not 0 < share <= WIDEST[c]:
                     raise ValueError(f"it fills {share:.0%} of the volume")
                 volumes[c], names[c] = (mask[0].astype(np.uint8), mask[1]), next(iter(files))
+        ct = mask = None                                 # on_grid drops each when it is through
         arrays, center = on_grid(volumes, names, a.grid, a.center, a.as_is)
     report = report_of(scan, found)
     voxels = {c: int((arrays[c] > 0).sum()) for c in MASKS if c in arrays}
     meta = dict(source={c: Path(p).name for c, p in names.items()}, grid=a.grid, center_ras_mm=center, as_is=a.as_is,
                 affine=grid_affine(a.grid, center).tolist(), voxels=voxels, scan_affine=affine.tolist(),
-                scan_shape=ct.shape, hu=note)
+                scan_shape=shape, hu=note)
     return dict(arrays, report=report), meta
 
 

@@ -38,7 +38,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meds
 TIMEOUT = 900                                    # s for each line of a command
 LEFT_OUT = {"files": ["lock", "previous.pt", "asked.json"],
             "files that only this tree writes": ["sampling.json"],
-            "keys of .json": ["arguments", "sampling", "weights", "seconds", "torch", "sha256", "as_is"],
+            "keys of .json": ["arguments", "sampling", "weights", "seconds", "torch", "sha256", "as_is", "ct",
+                             "has", "report"],
             "columns of .csv": ["seconds"],
             "parts of .pt but": ["step", "net", "ema", "opt.state"],
             "metadata of .safetensors": []}

@@ -1,4 +1,6 @@
 """One scan as it comes, NIfTI, .npz or DICOM, made an array of HU with its place in the world."""
+import contextlib
+import locale
 import re
 import zipfile
 import zlib
@@ -117,6 +119,16 @@ def upright(array, M):
 
 # --- DICOM ---
 
+@contextlib.contextmanager
+def own_locale():
+    """SimpleITK leaves a process in the C locale, in which text is ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
 def simpleitk():
     try:
         import SimpleITK
@@ -138,6 +150,7 @@ def tag(head, name):
     return head.GetMetaData(name).strip() if head.HasMetaDataKey(name) else ""
 
 
+@own_locale()
 def read_dicom(files):
     """A series, rescaled to HU as its slices say. ValueError by name for a tilted gantry, missing slices, slices of
     several kinds."""

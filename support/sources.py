@@ -11,7 +11,7 @@ from collections import defaultdict, namedtuple
 from pathlib import Path
 
 from support.files import write_atomic
-from support.scans import header, simpleitk, tag
+from support.scans import header, own_locale, simpleitk, tag
 from support.segment import file_of, files_of
 
 # files: of the CT; masks: {channel: {path: our label}}; report: text or None; about: what its reader needs to know
@@ -164,6 +164,7 @@ def secret(args):
     return path.read_text() if path.is_file() else ""
 
 
+@own_locale()
 def find_dicom(root, args):
     """Of every study the CT series with most slices, from however many folders. A patient is a salted hash, and so is
     the case's name; OUT/.origins.csv alone says which folder it came from."""

@@ -84,14 +84,13 @@ def test_without_beyond_both_stages_train_and_sample_and_released_weights_load(p
     shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(".git", "beyond", "benchmarks", "data", "runs", "out"))
     tiny = ["--preset", "demo", "--device", "cpu", "--dim", 8, "--levels", 2, "--heads", 1, "--batch", 2, "--micro", 2,
             "--workers", 0, "--holdout", 1, "--steps", 2, "--data", phantoms, "--no-amp"]
-    for more in (["train_low.py", *tiny, "--out", "runs/low"],
-                 ["train_sr.py", *tiny, "--out", "runs/sr", "--crop", "16,16,16"]):
-        done = run(house, *more)
-        assert done.returncode == 0 and "done at step 2" in done.stdout, done.stderr
-
     steps = ["--device", "cpu", "--low-steps", 1, "--sr-steps", 1]
-    done = run(house, "sample.py", "--model", "runs", "--plain", *steps)
-    assert done.returncode == 0 and "32^3 voxels" in done.stdout, done.stderr
+    mains = dict(train_low=[*tiny, "--out", "runs/low"], train_sr=[*tiny, "--out", "runs/sr", "--crop", "16,16,16"],
+                 sample=["--model", "runs", "--plain", *steps])
+    code = "; ".join(f"import {name}; {name}.main({[*map(str, args)]})" for name, args in mains.items())
+    done = run(house, "-c", code)
+    assert done.returncode == 0 and done.stdout.count("done at step 2") == 2, done.stderr
+    assert "32^3 voxels" in done.stdout
     done = run(house, "sample.py", "--model", "checkpoints/demo", "--stop-at-low", *steps, "--out", "out/demo")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "beyond" in done.stderr
 

@@ -2,6 +2,7 @@
 import csv
 import itertools
 import json
+import locale
 import os
 import shutil
 import signal
@@ -198,6 +199,7 @@ def same_ct(a, b):
 UIDS = "1.2.826.0.1.3680043.2.1125."
 
 
+@support.scans.own_locale()
 def write_series(folder, ct, spacing=(2.0, 2.0, 2.0), skip=(), tilt=0.0, study="1"):
     """(X,Y,Z) in RAS+ order -> a series, axial, in the usual LPS."""
     sitk = pytest.importorskip("SimpleITK")
@@ -226,11 +228,13 @@ def test_a_dicom_series_is_the_nifti_and_names_no_patient(tmp_path):
     (tmp_path / "pacs/more").mkdir()                                     # a series over two folders, a slice twice
     for k, f in enumerate(sorted((tmp_path / "pacs/a/series").iterdir())[:20]):
         (shutil.copy if k == 0 else shutil.move)(f, tmp_path / "pacs/more" / f.name)
+    before = locale.setlocale(locale.LC_ALL)
     made = run("dicom", tmp_path / "pacs", tmp_path / "a")
     nibabel.save(nibabel.Nifti1Image(ct, np.diag([2, 2, 6, 1])), tmp_path / "x.nii")
     (tmp_path / "nii").mkdir()
     shutil.move(tmp_path / "x.nii", tmp_path / "nii/x.nii")
     alone = run("folder", tmp_path / "nii", tmp_path / "b")["x"]
+    assert locale.setlocale(locale.LC_ALL) == before                     # of the process, which SimpleITK changes
     assert len(made) == 2 and any(same_ct(case, alone) for case in made.values())
     patients = {json.loads((case / "case.json").read_text())["patient"] for case in made.values()}
     assert len(patients) == 1
@@ -300,7 +304,7 @@ def test_the_same_command_again_does_nothing_and_new_scans_are_added(scans, tmp_
 def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(scans, tmp_path):
     root = tmp_path / "r"
     root.mkdir()
-    for k in range(4):
+    for k in range(2):
         for case in sorted(scans.iterdir()):
             copy = root / f"{case.name}_{k}"
             shutil.copytree(case, copy)
@@ -308,7 +312,7 @@ def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(scans, tmp_path):
     command = [sys.executable, "prepare.py", "--from", "folder", "--root", root, "--out", tmp_path / "out", *GRID,
                "--jobs", "2"]
     job = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(cases(tmp_path / "out")) < 3 and job.poll() is None:
+    while len(cases(tmp_path / "out")) < 2 and job.poll() is None:
         time.sleep(0.02)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
@@ -317,9 +321,9 @@ def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(scans, tmp_path):
                    if (p / "cmdline").exists()):
             break
         time.sleep(0.1)
-    assert len(cases(tmp_path / "out")) < 20
+    assert len(cases(tmp_path / "out")) < 10
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0 and "20 cases" in done.stdout, done.stderr
+    assert done.returncode == 0 and "10 cases" in done.stdout, done.stderr
     alone = run("folder", root, tmp_path / "alone")
     assert all(same(case, tmp_path / "out" / name) for name, case in alone.items())
     with open(tmp_path / "out/prepare_report.csv", newline="") as f:

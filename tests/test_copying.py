@@ -54,7 +54,6 @@ def test_what_has_learned_cubes_alone_returns_the_best_average_with_what_it_sees
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fine", [8])
 def test_after_some_hundred_steps_it_copies_better_than_doing_nothing(volumes):
     small, rng, steps = volumes[..., 8:24, 8:24, 8:24], torch.Generator().manual_seed(0), 200
     net = sharp(small, 8)

@@ -171,6 +171,7 @@ def torso():
     return ct
 
 
+@pytest.mark.slow
 def test_an_npz_lies_as_its_authors_say_unless_the_chest_contradicts(tmp_path, monkeypatch):
     monkeypatch.setattr(support.scans, "RAD", ("IPL", 2.0))              # coarser, for the test's time
     right = torso()[::-1, ::-1, ::-1].transpose(2, 1, 0)                 # below, behind, left
@@ -243,6 +244,7 @@ def test_a_dicom_series_is_the_nifti_and_names_no_patient(tmp_path):
     assert "pacs" in (tmp_path / "a/.origins.csv").read_text()
 
 
+@pytest.mark.slow
 def test_series_with_holes_or_a_tilt_are_refused_by_name(tmp_path):
     ct = torso()[:, :, ::3]
     write_series(tmp_path / "pacs/hole", ct, (2.0, 2.0, 6.0), skip=(20,))
@@ -255,6 +257,7 @@ def test_series_with_holes_or_a_tilt_are_refused_by_name(tmp_path):
 
 # --- verdicts ---
 
+@pytest.mark.slow
 def test_what_is_wrong_is_named_and_passed_over(scans, tmp_path, capsys):
     shutil.copytree(scans, tmp_path / "r")
     first, second, third, fourth, fifth = sorted((tmp_path / "r").iterdir())

@@ -149,7 +149,7 @@ class Cases(Dataset):
     resumes anywhere exactly.
     crop None: k, x0 = low.npy (4,g,g,g) in [-1,1], text.npy (N,width)          for stage 1, about 2 MB a case
     crop (d,h,w): k, x0 (4,d,h,w), low (4,d,h,w) by nearest from the low grid   for stage 2, reads the crop only
-    If any case lacks a mask or a report, also what this one has, (5,) bool: channels, text. What it lacks is 0.
+    If any case lacks a mask or a report, also `has`, (5,) bool: channels, text. What a case lacks is 0.
     """
 
     def __init__(self, folders, seed, crop=None):

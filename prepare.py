@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import CHANNELS, FOV, MASKS, SCALE, cases, grid_affine, on_grid, write_case
 from support.anatomy import WIDEST
 from support.checks import check_grid, has
-from support.cli import Parser, check_center, exits, say
+from support.cli import Parser, exits, say
 from support.files import read_json, sha256, write_atomic
 from support.nifti import read_header
 from support.pictures import cohort, sheet
@@ -93,7 +93,7 @@ def read(scan, a, found):
                     raise ValueError(f"it fills {share:.0%} of the volume")
                 volumes[c], names[c] = (mask[0].astype(np.uint8), mask[1]), next(iter(files))
         ct = mask = None                                 # on_grid drops each when it is through
-        arrays, center = on_grid(volumes, names, a.grid, a.center, a.as_is)
+        arrays, center = on_grid(volumes, names, a.grid, as_is=a.as_is)
     report = report_of(scan, found)
     voxels = {c: int((arrays[c] > 0).sum()) for c in MASKS if c in arrays}
     meta = dict(source={c: Path(p).name for c, p in names.items()}, grid=a.grid, center_ras_mm=center, as_is=a.as_is,
@@ -140,7 +140,7 @@ def key(scan, a):
     files = [*scan.files, *(p for its in scan.masks.values() for p in its)]
     files += [scan.report] if isinstance(scan.report, Path) else []
     seen = [(os.path.relpath(p, a.root), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
-    asked = (a.grid, a.center, a.as_is, a.segment, scan.about, None if isinstance(scan.report, Path) else scan.report)
+    asked = (a.grid, a.as_is, a.segment, scan.about, None if isinstance(scan.report, Path) else scan.report)
     return hashlib.sha256(repr((seen, asked)).encode()).hexdigest()[:16]
 
 
@@ -384,8 +384,6 @@ def main(argv=None):
     add = p.add_argument_group("what comes out").add_argument
     add("--out", default="data/train", metavar="DIR", help="folder of cases (default data/train)")
     add("--grid", type=int, default=256, help="256 (the paper's, the default) or 128 (--preset demo)")
-    add("--center", type=float, nargs=3, metavar=("X", "Y", "Z"),
-        help="centre of the field of view, world mm; default the lungs'")
     add("--as-is", action="store_true", help="take masks that do not look like a chest's, with a warning")
     add("--held-out", type=float, default=0.1, help="share of the patients in split.json (default 0.1)")
     add("--split", metavar="FILE", help="a split.json to take instead")
@@ -396,7 +394,6 @@ def main(argv=None):
     a = p.parse_args(argv)
     with exits():
         check_grid(a.grid)
-        check_center(a.center)
         if a.jobs < 1 or (a.limit or 1) < 1 or not 0 <= a.held_out < 1 or a.seed < 0:
             raise ValueError(f"--jobs {a.jobs}, --limit {a.limit}, --held-out {a.held_out}, --seed {a.seed}; at least "
                              "1, 1, 0 and below 1, 0; change it")

@@ -135,9 +135,10 @@ def sample(args):
     # everything that can be wrong is found before the first step
     args.device, out = choose_device(args.device), Path(args.out)
     paths = {c: getattr(args, c) for c in MASKS if getattr(args, c)}
-    if args.ct and paths or args.grid and not (args.ct or paths):
-        raise ValueError(f"--ct with {', '.join('--' + c for c in paths)}; a given CT is segmented; leave the masks out"
-                         if args.ct else f"--grid {args.grid}: of which file? a mask or CT is needed; give one")
+    if args.ct and paths:
+        raise ValueError(f"--ct with {', '.join('--' + c for c in paths)}; a given CT is segmented; leave them out")
+    if args.grid and not (args.ct or paths):
+        raise ValueError(f"--grid {args.grid}: of which file? a mask or CT is needed; give one")
     texts, cts = each_ct(args.ct or [], texts_asked(args.prompt, args.report or [], "" if args.ct else "sample"))
     names = names_of(texts, args.samples, args.seed)
     ct_of = {name: cts[i // args.samples] for i, (name, _, _) in enumerate(names)}

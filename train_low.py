@@ -125,11 +125,11 @@ def draw(keys, shape, device, seed):
 
 def low_loss(cfg, net, batch):
     """Eq. 7 for x', all four channels, which is eq. 9: || G(x'_t, f_text) - x'_0 ||^2.   batch: k (B,), x0 (B,4,g,g,g),
-    text (B,N,width), for which the learned null text stands with p = cfg.drop (released code); [has (B,5)]"""
+    text (B,N,width), the learned null text with p = cfg.drop (released code), has (B,5) of incomplete Cases"""
     keys, x0, text, *has = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     null = (u < cfg.drop) | ~has[0][:, 4] if has else u < cfg.drop
-    return loss(lambda xt, t: net(xt, t, text, null), x0, t, eps, *(h[:, :4] for h in has))
+    return loss(lambda xt, t: net(xt, t, text, null), x0, t, eps, *has)
 
 
 def low_samples(cfg, net, dataset, device):

@@ -69,11 +69,11 @@ def augment_low(low, a, eps):
 
 def sr_loss(cfg, net, batch):
     """Eq. 8 for x', all four channels, which is eq. 10: || H(x'_t, x'_0^l) - x'_0 ||^2, x'_0^l the low-resolution
-    volume, here with noise on it.   batch: k (B,), x0 and low (B,4,d,h,w), [has (B,5)]   -> scalar"""
+    volume, here with noise on it.   batch: k (B,), x0 and low (B,4,d,h,w), has (B,5), see Cases"""
     keys, x0, low, *has = batch
     t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
     low = augment_low(low, cfg.augment * u, eps[:, 4:])
-    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, :4], *(h[:, :4] for h in has))
+    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, :4], *has)
 
 
 def sr_samples(cfg, net, dataset, device):

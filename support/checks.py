@@ -19,6 +19,7 @@ TYPES = dict(ct=np.int16, lobe=np.uint8, airway=np.uint8, vessel=np.uint8, low=n
 # what np.load raises of a damaged file
 UNREADABLE = (ValueError, OSError, EOFError, SyntaxError, tokenize.TokenError, MemoryError, OverflowError)
 FULL = ("ct", "lobe", "airway", "vessel")                                # arrays of the full grid
+MASKS = FULL[1:]
 TOP = dict(lobe=5, airway=1, vessel=1)                                   # highest label of a mask
 
 

@@ -1,6 +1,7 @@
 """NIfTI in and out, and volumes from one grid to another. An affine takes an array's index to world mm, RAS+."""
 import gzip
 import io
+import re
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from support.files import write_atomic
 
+NAME = re.compile(r"(.+?)\.nii(\.gz)?$", re.I)          # of a file
 MAX_BYTES = 4 << 30               # of one NIfTI's voxels; beyond it is a broken or hostile header
 MM = dict(unknown=1, mm=1, meter=1e3, micron=1e-3)
 VOXEL = (0.05, 50)                # mm, the edges of voxels that a chest CT may have; in another unit it has others

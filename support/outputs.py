@@ -1,8 +1,10 @@
 """The folders that sample.py writes: their names, and what may be replaced."""
 import json
 import os
-import re
 from pathlib import Path
+
+from support.checks import MASKS
+from support.nifti import NAME
 
 
 def each_ct(asked, texts):
@@ -13,15 +15,15 @@ def each_ct(asked, texts):
         raise ValueError("--ct '': no name of a file; a CT is a NIfTI; check the variable that should hold it")
     for path in map(Path, asked):
         there = sorted(path.glob("[!.]*")) if path.is_dir() else []
-        found = [path] if not path.is_dir() else [p for p in there if re.search(r"\.nii(\.gz)?$", p.name, re.I) and
-                                                  not re.search(r"_(lobe|airway|vessel)\.", p.name)]
+        found = [path] if not path.is_dir() else [p for p in there if (m := NAME.match(p.name)) and
+                                                  not m[1].endswith(tuple("_" + c for c in MASKS))]
         found = found or [p for p in sorted(path.glob("[!.]*/ct.nii*")) if p.suffix in (".gz", ".nii")]
         if not found:
             raise ValueError(f"--ct {path}: no *.nii.gz, no */ct.nii.gz in it; a CT is needed; check the path")
         files += found
     if not files:
         return texts, [None] * len(texts)
-    names = [re.sub(r"\.nii(\.gz)?$", "", f.name, flags=re.I) for f in files]
+    names = [m[1] if (m := NAME.match(f.name)) else f.name for f in files]
     names = [f.parent.name if name == "ct" and len(files) > 1 else name for name, f in zip(names, files)]
     each = [(ct if not name else name if len(files) == 1 else f"{ct}_{name}", text, f)
             for ct, f in zip(names, files) for name, text in texts]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checks import labels_of, load_channel
+from support.checks import MASKS, labels_of, load_channel
 from support.files import whole_folder, write_atomic
 from support.nifti import load_nifti
 
@@ -159,7 +159,7 @@ def segmented(scan, ct, a):
     """Masks that a scan lacks, by --segment, from its CT as it was read.   ct: (array (X,Y,Z) in HU, affine)
     -> {channel: {path: our label}}"""
     import nibabel
-    wanted = [c for c in ("lobe", "airway", "vessel") if c not in scan.masks]
+    wanted = [c for c in MASKS if c not in scan.masks]
     wanted = [c for c in wanted if a.segment == "totalseg" or c == "lobe"]
     if not a.segment or not wanted:
         return {}

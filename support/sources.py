@@ -10,14 +10,14 @@ import secrets
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
+from support.checks import MASKS
 from support.files import write_atomic
+from support.nifti import NAME
 from support.scans import header, own_locale, simpleitk, tag
 from support.segment import file_of, files_of
 
 # files: of the CT; masks: {channel: {path: our label}}; report: text or None; about: what its reader needs to know
 Scan = namedtuple("Scan", "id patient files masks report about")
-MASKS = ("lobe", "airway", "vessel")
-NIFTI = re.compile(r"(.+?)\.nii(\.gz)?$", re.I)
 CT_RATE = re.compile(r"((?:train|valid)_\d+)_([a-z]+)_\d+$")             # a patient, a scan, a reconstruction
 EMPTY = ("", "not given.", "not given", "nan", "none")
 
@@ -106,7 +106,7 @@ def find_folder(root, args):
         texts_there = sorted(ct.parent.glob("[!.]*.txt"))                # report.txt, or the only one
         text = next((t for t in texts_there if t.name == "report.txt" or len(texts_there) == 1), None)
         scans.append((ct.parent.name, ct, masks, text))
-    flat = {m[1]: p for p in sorted(root.glob("[!.]*")) if (m := NIFTI.match(p.name))}
+    flat = {m[1]: p for p in sorted(root.glob("[!.]*")) if (m := NAME.match(p.name))}
     for name, ct in flat.items():
         if any(name.endswith("_" + c) and name[:-len(c) - 1] in flat for c in MASKS):
             continue

@@ -91,7 +91,7 @@ def test_every_axis_order_gives_the_same_case(scans, tmp_path):
             turn = nibabel.orientations.inv_ornt_aff(np.stack([perm, flips], 1), array.shape)
             turned = nibabel.apply_orientation(array, np.stack([perm, flips], 1))
             nibabel.save(nibabel.Nifti1Image(turned, image.affine @ turn), tmp_path / "ct.nii")
-            args = Namespace(grid=32, center=None, as_is=False, segment=None, reports=None, metadata=None, masks=None)
+            args = Namespace(grid=32, as_is=False, segment=None, reports=None, metadata=None, masks=None)
             scan, = prepare.SOURCES["folder"](tmp_path, args)
             made = prepare.read(scan, args, [])[0]["ct"]
             whole = made if whole is None else whole

@@ -494,7 +494,7 @@ def test_wrong_input_is_one_line_and_nothing_is_written(model, airway, bad, fail
         (["--prompt", "x", "--text", bad / "none"], "text model"),
         (["--airway", bad / "none.nii"], "no such file"),
         (["--airway", airway, "--center", 900, 0, 0], "field of view"),
-        (["--ct", airway, "--airway", airway], "leave the masks out"), (["--ct", airway], "Hounsfield"),
+        (["--ct", airway, "--airway", airway], "leave them out"), (["--ct", airway], "Hounsfield"),
         (["--out", bad / "there"], "--overwrite"), (["--out", bad / "there", "--overwrite"], "is no sample"),
         (["--out", bad / "more", "--overwrite"], "heart.nii.gz besides"), (["--out", bad / "locked"], "locked"),
         (["--model", bad / "none"], "no such folder"), (["--model", bad / "pointer"], "not readable safetensors"),

@@ -84,8 +84,8 @@ def test_recomputation_holds_less():
 
 @pytest.mark.slow
 def test_slabs_hold_less():
-    whole, slabs = (growth.peak_of_inference((128, 128, 128), slab, dim=16, levels=3, **H) for slab in (0, 16))
-    assert slabs < 0.85 * whole
+    whole, slabs = (growth.peak_of_inference((128, 128, 128), slab, dim=16, levels=2, **H) for slab in (0, 16))
+    assert slabs < 0.9 * whole
 
 
 def test_the_ledger_counts_what_is_alive():

@@ -146,19 +146,19 @@ def split_cases(folder, holdout, out=""):
 
 class Cases(Dataset):
     """A shuffled sequence of cases without end (its len is one epoch): item k is decided by (seed, k) alone, so a run
-    resumes anywhere exactly.
+    resumes anywhere exactly. The 4 below are fewer with fewer `channels`.
     crop None: k, x0 = low.npy (4,g,g,g) in [-1,1], text.npy (N,width)          for stage 1, about 2 MB a case
     crop (d,h,w): k, x0 (4,d,h,w), low (4,d,h,w) by nearest from the low grid   for stage 2, reads the crop only
     If any case lacks a mask or a report, also `has`, (5,) bool: channels, text. What a case lacks is 0.
     """
 
-    def __init__(self, folders, seed, crop=None):
-        self.folders, self.seed, self.crop = folders, seed, crop
-        complete(folders, (*CHANNELS, "low") if crop else ("low", "text"), stage=2 if crop else 1)
+    def __init__(self, folders, seed, crop=None, channels=CHANNELS):
+        self.folders, self.seed, self.crop, self.channels = folders, seed, crop, channels
+        complete(folders, (*channels, "low") if crop else ("low", "text"), stage=2 if crop else 1)
         one_size(folders, ("low",) if crop else ("low", "text"))
-        self.has = {case: has(case) for case in folders}
-        self.whole = all(len(names) > len(CHANNELS) for names in self.has.values())
-        self.text_shape = None if crop else next(array_of(f, "text").shape for f in folders if "text" in self.has[f])
+        self.has = {case: [name in has(case) for name in (*channels, "text")] for case in folders}
+        self.whole = all(all(there) for there in self.has.values())
+        self.text_shape = None if crop else next(array_of(f, "text").shape for f in folders if self.has[f][-1])
         low = array_of(folders[0], "low").shape[-1]
         self.grid = low * SCALE if crop else low                         # edge of the whole volume that the stage makes
         if crop and max(crop) > self.grid:
@@ -176,19 +176,19 @@ class Cases(Dataset):
             raise RuntimeError(f"{case}: {e}; a case must be whole; run python data.py check {case.parent}") from None
 
     def item(self, k, case):
-        there = self.has[case]
-        more = () if self.whole else (torch.tensor([name in there for name in (*CHANNELS, "text")]),)
-        low = torch.from_numpy(np.load(case / "low.npy").astype(np.float32))
+        there, rows = self.has[case], [CHANNELS.index(c) for c in self.channels]
+        more = () if self.whole else (torch.tensor(there),)
+        low = torch.from_numpy(np.load(case / "low.npy")[rows].astype(np.float32))
         if not self.crop:
-            text = np.load(case / "text.npy") if "text" in there else np.zeros(self.text_shape)
+            text = np.load(case / "text.npy") if there[-1] else np.zeros(self.text_shape)
             return k, low, torch.from_numpy(text.astype(np.float32)), *more
         rng = np.random.default_rng((self.seed, 1, k))
         start = [int(rng.integers(self.grid - size + 1)) for size in self.crop]
         box = tuple(slice(a, a + size) for a, size in zip(start, self.crop))
         d, h, w = (np.arange(a, a + size) // SCALE for a, size in zip(start, self.crop))
-        x0 = torch.zeros(len(CHANNELS), *self.crop)
-        for i, c in enumerate(CHANNELS):
-            if c in there:
+        x0 = torch.zeros(len(rows), *self.crop)
+        for i, c in enumerate(self.channels):
+            if there[i]:
                 x0[i] = torch.from_numpy(encode(c, np.load(case / f"{c}.npy", mmap_mode="r")[box]))
         return k, x0, low[:, d][:, :, h][..., w], *more
 

@@ -13,8 +13,8 @@ figure out.
 
 A FOLDER holds one folder a case, as sample.py and TotalSegmentator write them: ct, lobe, airway, vessel, heart, thorax,
 effusion .nii.gz. Measured are these masks, which for a sample are the network's own, or those that are made of the CT,
-as in the paper: --segment totalseg (by its public command, if installed) or --segment phantom (airway, effusion, heart
-and thorax by thresholds from CT and lobes, for phantoms only). The first line says which.
+as in the paper: --segment totalseg (by its public command, if installed) or --segment phantom (by thresholds, for
+phantoms only: airway from the CT, effusion, heart and thorax from CT and lobes). The first line says which.
 """
 import csv
 import io
@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import FOV, LOBES, MASKS, encode, grid_affine
-from support.anatomy import faults_of_masks, judge
+from support.anatomy import faults_of_masks, judge, lungs_of
 from support.checks import load_channel
 from support.cli import Parser, choose_device, exits, say, sentence
 from support.features import feature_net, features
@@ -68,9 +68,15 @@ def read(case, name, segment="none", as_is=False):
 
 
 def by_thresholds(case, name):
-    """A mask of a phantom, from its CT and lobes.   -> array (X,Y,Z), affine"""
+    """A mask of a phantom, from its CT and lobes; airways from its CT alone, so that samples with and without lobes
+    compare.   -> array (X,Y,Z), affine"""
     import phantom
-    (ct, affine), (lobe, _) = one_grid(case, ct=read(case, "ct"), lobe=read(case, "lobe"))
+    ct, affine = read(case, "ct")
+    if name == "airway":
+        coarse, _ = lungs_of(ct, affine)
+        lobe = coarse[np.ix_(*(np.arange(n) * m // n for n, m in zip(ct.shape, coarse.shape)))].astype(np.uint8)
+    else:
+        (lobe, _), _ = one_grid(case, lobe=read(case, "lobe"), ct=(ct, affine))
     ct, lobe = (np.ascontiguousarray(a[::-1].transpose(2, 1, 0)) for a in (ct, lobe))       # RAS -> the model's frame
     masks = phantom.segment(ct, lobe, np.abs(np.diag(affine)[2::-1]))
     return masks[name].transpose(2, 1, 0)[::-1].astype(np.float32), affine

@@ -48,7 +48,7 @@ def generate(low_net, sr_net, grid, seed, s, context=None, known=None, fixed=())
     device, generator = torch.device(s["device"]), torch.Generator().manual_seed(seed)
 
     def noise(n):
-        return torch.randn(1, len(CHANNELS), n, n, n, generator=generator)
+        return torch.randn(1, low_net.args["out_channels"], n, n, n, generator=generator)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=s["amp"]), ThreadPoolExecutor(1) as thread:
         # stage 1: from the text, anatomy held on every fourth voxel
@@ -101,19 +101,19 @@ def load(args):
     return stages
 
 
-def anatomy(paths, grid, center, as_is):
-    """Given NIfTI files on the model's grid.   -> known (1,4,D,H,W) or None, fixed channels, centre in world mm"""
+def anatomy(paths, channels, grid, center, as_is):
+    """Given NIfTI files on the model's grid.   -> known (1,C,D,H,W) or None, which are fixed, centre in world mm"""
     if not paths:
         return None, [], center or (0.0, 0.0, 0.0)
     arrays, center = to_model(paths, grid, center, as_is)
-    known = torch.zeros(1, len(CHANNELS), grid, grid, grid)
+    known = torch.zeros(1, len(channels), grid, grid, grid)
     for name, array in arrays.items():
-        known[0, CHANNELS.index(name)] = torch.from_numpy(encode(name, array))
+        known[0, channels.index(name)] = torch.from_numpy(encode(name, array))
         if name in MASKS:
             low = array[::SCALE, ::SCALE, ::SCALE]
             print(f"{paths[name]}: {int((array > 0).sum())} voxels on the {grid}^3 grid, {int((low > 0).sum())} on "
                   f"{grid // SCALE}^3")
-    return known, [CHANNELS.index(name) for name in arrays], center
+    return known, [channels.index(name) for name in arrays], center
 
 
 def read_texts(args, texts, low_net, about):
@@ -152,7 +152,7 @@ def sample(args):
     if not args.slab:
         keep_memory()                                    # faster; with --slab memory matters more
     stages = load(args)
-    s, grid = settings(args, stages), stages["low"][1]["grid"]
+    s, grid, channels = settings(args, stages), *(stages["low"][1][k] for k in ("grid", "channels"))
     full = SCALE * grid
     low_net, sr_net = (stages[kind][0] if kind in stages else None for kind in ("low", "sr"))
     for net, _ in stages.values():
@@ -163,7 +163,7 @@ def sample(args):
     for ct, group in groupby(names, lambda n: ct_of[n[0]]):
         try:
             paths = {"ct": ct} if ct else paths
-            known, fixed, center = anatomy(paths, full, args.center, args.as_is)
+            known, fixed, center = anatomy(paths, channels, full, args.center, args.as_is)
         except ValueError as e:
             if len(set(cts)) == 1:
                 raise
@@ -173,7 +173,7 @@ def sample(args):
         affine = grid_affine(full, center)
         if not sr_net:                                   # voxel i of 64^3 is voxel 4 i of 256^3, not the middle of four
             affine = affine * ([SCALE] * 3 + [1])
-        fixes = f"fixed: {', '.join(CHANNELS[c] for c in fixed)}" if fixed else "nothing fixed"
+        fixes = f"fixed: {', '.join(channels[c] for c in fixed)}" if fixed else "nothing fixed"
         for name, text, seed in group:
             began = time.time()
             if low_net.out.weight.is_meta:               # `generate` dropped its weights
@@ -188,7 +188,7 @@ def sample(args):
                          ct=ct and str(ct), sampling=s, center_ras_mm=list(center), arguments=vars(args),
                          seconds=round(time.time() - began, 1), torch=torch.__version__,
                          weights={kind: about for kind, (_, about) in stages.items()})
-            write(out / name, x, affine, about, args.overwrite, like=next(iter(paths.values())) if args.grid else None)
+            write(out / name, x, channels, affine, about, args.overwrite, args.grid and next(iter(paths.values())))
     if args.ct and stages["low"][1].get("source") == ["phantom"]:
         say(f"warning: {args.model} saw phantoms alone: its masks of a patient's CT are not to be relied on")
     edge, written = full if sr_net else grid, [out / name for name, _, _ in names if (out / name).exists()]
@@ -200,14 +200,14 @@ def sample(args):
                            "makes these alone")
 
 
-def write(folder, x, affine, about, overwrite, like=None):
-    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (4,D,H,W) in [-1,1]
+def write(folder, x, channels, affine, about, overwrite, like=None):
+    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (C,D,H,W) in [-1,1]
     like: a NIfTI on whose grid they are written"""
     with whole_folder(folder, overwrite) as part:
         save = partial(save_like, like=like) if like else save_nifti
-        for name, channel in zip(CHANNELS, x.numpy()):
+        for name, channel in zip(channels, x.numpy()):
             save(part / f"{name}.nii.gz", decode(name, channel), affine)
-        picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"], FOV)
+        picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"], FOV, channels)
         (part / "sample.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import FOV, SCALE, Cases, split_cases
 from diffusion import ddim_sample, guided, loss, times
 from support import runs
-from support.checks import enough, one_size
+from support.checks import channels_of, check_levels, one_size
 from support.cli import exits, keep_memory
 from support.fast import compile_blocks, recompute
 from support.options import arg, parse
@@ -62,6 +62,7 @@ class Common:
     dim: int = arg(160, "width of the first level (sec. 4.5)", 1)
     levels: int = arg(4, "levels of the UNet, each twice as wide", 1)
     heads: int = arg(8, "attention heads of 32 channels; released code", 1)
+    channels: str = arg("ct,lobe,airway,vessel", "what is made; ct alone: eq. 7 and 8, table 1 without masks")
     holdout: int = arg(8, "held-out cases to look at; who is held out says split.json, at first the last by name")
     workers: int = arg(4, "loader processes per process")
     log_every: int = arg(10, "steps between lines of loss.csv", 1)
@@ -94,18 +95,15 @@ class Config(Common):
 def low_data(cfg):
     """-> Cases to train on, Cases held out or None"""
     folders, held_out = split_cases(cfg.data, cfg.holdout, cfg.out)
-    dataset, (of_depth, of_plane) = Cases(folders, cfg.seed), cfg.multiples()
-    if dataset.grid % of_plane:
-        raise ValueError(f"{cfg.data}: low-resolution volumes of {dataset.grid}^3; {cfg.levels} levels halve multiples "
-                         f"of {of_plane}; use a grid that is a multiple of {SCALE * of_plane}, or lower --levels")
-    enough(dataset.grid // of_depth)                     # voxels, for the first convolution
+    dataset = Cases(folders, cfg.seed, channels=channels_of(cfg.channels, folders))
+    check_levels(cfg, dataset.grid, SCALE)
     one_size(folders[:1] + held_out, ("low", "text"))
-    return dataset, Cases(held_out, cfg.seed) if held_out else None
+    return dataset, Cases(held_out, cfg.seed, channels=dataset.channels) if held_out else None
 
 
 def low_net(cfg, dataset):
-    tokens, width = dataset[0][2].shape
-    net = UNet3D(cfg.dim, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens)
+    C, (tokens, width) = len(dataset.channels), dataset[0][2].shape
+    net = UNet3D(cfg.dim, C, C, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens)
     if cfg.init and runs.is_new(cfg.out):
         begin_from(cfg.init, "low", net)
     return net
@@ -128,7 +126,7 @@ def low_loss(cfg, net, batch):
     text (B,N,width), the learned null text with p = cfg.drop (released code), has (B,5) of incomplete Cases"""
     keys, x0, text, *has = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
-    null = (u < cfg.drop) | ~has[0][:, 4] if has else u < cfg.drop
+    null = (u < cfg.drop) | ~has[0][:, -1] if has else u < cfg.drop
     return loss(lambda xt, t: net(xt, t, text, null), x0, t, eps, *has)
 
 
@@ -153,7 +151,7 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
     opt = optimizer(cfg, net, world)
 
     # where the run stopped, if it has begun
-    about = describe(dataset.folders)
+    about = describe(dataset.folders, dataset.channels)
     trained_on = dict(cases=[folder.name for folder in dataset.folders], grid=dataset.grid, args=net.args,
                       encoder=about["encoder"])
     step, state = 0, runs.load_checkpoint(cfg, trained_on)
@@ -239,7 +237,8 @@ def train(cfg, net, dataset, held_out, loss_fn, samples_fn, machine, asked):
             log.validated(validate(cfg, ema, held_out, loss_fn, machine))
         if rank == 0 and shown:
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp):
-                picture(out / f"samples_{step:06d}.png", *samples_fn(cfg, ema, held_out, device), f"step {step}", FOV)
+                picture(out / f"samples_{step:06d}.png", *samples_fn(cfg, ema, held_out, device), f"step {step}", FOV,
+                        dataset.channels)
 
     bar.close()
     if rank == 0:

@@ -13,7 +13,7 @@ import torch
 
 from data import Cases, split_cases
 from diffusion import beside, ddim_sample, loss, times
-from support.checks import crop_of, one_size
+from support.checks import channels_of, crop_of, one_size
 from support.cli import exits
 from support.options import arg, parse
 from support.runs import is_new
@@ -48,13 +48,14 @@ def sr_data(cfg):
     """Crops of the training cases and of those held out."""
     crop = crop_of(cfg.crop, *cfg.multiples())
     folders, held_out = split_cases(cfg.data, cfg.holdout, cfg.out)
-    dataset = Cases(folders, cfg.seed, crop)
+    dataset = Cases(folders, cfg.seed, crop, channels_of(cfg.channels, folders))
     one_size(folders[:1] + held_out, ("low",))
-    return dataset, Cases(held_out, cfg.seed, crop) if held_out else None
+    return dataset, Cases(held_out, cfg.seed, crop, dataset.channels) if held_out else None
 
 
 def sr_net(cfg, dataset):
-    net = UNet3D(cfg.dim, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels, bottom=cfg.bottom)
+    C = len(dataset.channels)
+    net = UNet3D(cfg.dim, 2 * C, C, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels, bottom=cfg.bottom)
     if cfg.init and is_new(cfg.out):
         begin_from(cfg.init, "sr", net)
     return net
@@ -71,16 +72,15 @@ def sr_loss(cfg, net, batch):
     """Eq. 8 for x', all four channels, which is eq. 10: || H(x'_t, x'_0^l) - x'_0 ||^2, x'_0^l the low-resolution
     volume, here with noise on it.   batch: k (B,), x0 and low (B,4,d,h,w), has (B,5), see Cases"""
     keys, x0, low, *has = batch
-    t, u, eps = draw(keys, (8,) + x0.shape[2:], x0.device, cfg.seed)
-    low = augment_low(low, cfg.augment * u, eps[:, 4:])
-    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, :4], *has)
+    t, u, eps = draw(keys, (2, *x0.shape[1:]), x0.device, cfg.seed)
+    low = augment_low(low, cfg.augment * u, eps[:, 1])
+    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, 0], *has)
 
 
 def sr_samples(cfg, net, dataset, device):
-    """For the picture: a held-out case (at most 128^3 of it), its low-resolution volume, and the sample made from that.
-    -> list of (4,...), their titles"""
-    _, of_plane = cfg.multiples()
-    key, x0, low, *_ = Cases(dataset.folders[:1], 0, (min(128, dataset.grid) // of_plane * of_plane,) * 3)[0]
+    """A held-out case (at most 128^3 of it), its low-resolution volume, the sample made of that.   -> these, titles"""
+    crop = (min(128, dataset.grid) // cfg.multiples()[1] * cfg.multiples()[1],) * 3
+    key, x0, low, *_ = Cases(dataset.folders[:1], 0, crop, dataset.channels)[0]
     _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
     made = ddim_sample(beside(net, low[None].to(device)), eps, times(10))[0].cpu()
     return [x0, low, made], ["held out", "its low resolution", "sample"]

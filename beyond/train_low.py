@@ -65,6 +65,8 @@ def make_net(cfg, dataset, **args):
     if not dataset.whole:
         raise ValueError(f"{cfg.data}: some cases lack a mask or a report; the losses here need all; train with "
                          f"train_{cfg.kind}.py, or on a folder of whole cases")
+    if dataset.channels != CHANNELS:
+        raise ValueError(f"--channels {cfg.channels}; the losses here need all four; train with train_{cfg.kind}.py")
     if not cfg.sharp:
         if cfg.fine:
             raise ValueError(f"--fine {cfg.fine} without --sharp; it is a part of those networks; pass --sharp")

@@ -120,6 +120,15 @@ def enough(edge):
                          "use larger cases, crops, or a lower --patch")
 
 
+def check_levels(cfg, grid, scale):
+    """ValueError unless the levels of a network can halve volumes of this edge, and its first convolution fits."""
+    of_depth, of_plane = cfg.multiples()
+    if grid % of_plane:
+        raise ValueError(f"{cfg.data}: low-resolution volumes of {grid}^3; {cfg.levels} levels halve multiples of "
+                         f"{of_plane}; use a grid that is a multiple of {scale * of_plane}, or lower --levels")
+    enough(grid // of_depth)
+
+
 def crop_of(text, cube, step):
     """Text D,H,W -> (D,H,W). ValueError unless D is a multiple of `cube`, H and W are of `step`, and all are large
     enough."""
@@ -129,6 +138,17 @@ def crop_of(text, cube, step):
                          "write --crop 256,80,80")
     enough(min(crop) // cube)
     return crop
+
+
+def channels_of(text, folders):
+    """Text such as "ct,airway" -> those of the four channels, in their order. ValueError where a case has none."""
+    names = {name.strip() for name in text.split(",")}
+    if not names <= set(FULL):
+        raise ValueError(f"--channels {text}; some of {','.join(FULL)} are needed; write --channels ct")
+    if without := [case for case in folders if not names & set(has(case))]:
+        raise ValueError(f"--channels {text}: {without[0]} has none of these, and so {len(without)} cases; training "
+                         "needs one of each; move them away")
+    return tuple(c for c in FULL if c in names)
 
 
 def check_grid(grid):

@@ -9,7 +9,7 @@ from support.weights import BEYOND
 
 GROUPS = {
     "data": "preset data out init seed holdout crop",
-    "network": "dim levels heads bottom",
+    "network": "dim levels heads channels bottom",
     "optimisation": "steps batch lr decay clip ema ema_every ema_start drop augment",
     "what a GPU holds": "device micro amp checkpointing compile zero workers",
     "log": "log_every save_every show_every",

@@ -4,7 +4,7 @@ import numpy as np
 
 from support.files import write_atomic
 
-OUTLINES = ((1, "gold"), (3, "red"), (2, "cyan"))                        # channel and its color: lobes, vessels, airway
+OUTLINES = dict(lobe="gold", vessel="red", airway="cyan")
 
 
 def pyplot():
@@ -20,29 +20,30 @@ def save(fig, path, **options):
     pyplot().close(fig)
 
 
-def picture(path, volumes, titles, caption="", fov=(1, 1, 1)):
+def picture(path, volumes, titles, caption="", fov=(1, 1, 1), channels=("ct", "lobe", "airway", "vessel")):
     """Rows of axial, coronal and sagittal planes through the middle of the airway (without one, of the volume), in the
     whole HU window, masks outlined: lobes yellow, airway cyan, vessels red.
 
-    volumes: list of (4,D,H,W) in [-1,1]   titles: one a row   fov: mm of a volume along D, H, W.
-    Radiological view: the patient's right is on the left.
+    volumes: list of (C,D,H,W) in [-1,1]   titles: one a row   fov: mm of a volume along D, H, W   channels: what the
+    C are. Radiological view: the patient's right is on the left.
     """
     size = (9, 3 * len(volumes) + 0.3 * bool(caption))
     fig, axes = pyplot().subplots(len(volumes), 3, figsize=size, squeeze=False, facecolor="black")
     for row, x, title in zip(axes, volumes, titles):
         x = np.asarray(x, np.float32)
         D, H, W = x.shape[1:]
-        air = np.argwhere(x[2] > 0)
+        air = np.argwhere(x[channels.index("airway")] > 0) if "airway" in channels else ()
         d, h = np.median(air[:, :2], axis=0).astype(int) if len(air) else (D // 2, H // 2)
         w = W // 2
         aspects = [(fov[1] / H) / (fov[2] / W), (fov[0] / D) / (fov[2] / W), (fov[0] / D) / (fov[1] / H)]
         planes = [x[:, d, ::-1], x[:, ::-1, h], x[:, ::-1, :, w][..., ::-1]]   # anterior up; superior up; anterior left
         for ax, plane, aspect, name in zip(row, planes, aspects, ("axial", "coronal", "sagittal")):
+            seen = dict(zip(channels, plane))
             ax.imshow(plane[0], cmap="gray", vmin=-1, vmax=1, aspect=aspect)
-            for m, color in OUTLINES:
-                levels = [-0.8, -0.4, 0, 0.4, 0.8] if m == 1 else [0]
-                if plane[m].max() > levels[0] > plane[m].min():
-                    ax.contour(plane[m], levels, colors=color, linewidths=0.6)
+            for name in (name for name in OUTLINES if name in seen):
+                levels = [-0.8, -0.4, 0, 0.4, 0.8] if name == "lobe" else [0]
+                if seen[name].max() > levels[0] > seen[name].min():
+                    ax.contour(seen[name], levels, colors=OUTLINES[name], linewidths=0.6)
             ax.set_axis_off()
             words = f"{title}, {name}" if ax is row[0] else name
             ax.set_title(words, color="white", fontsize=8, parse_math=False)   # a file's name may hold a $

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from support.checks import FULL
 from support.cli import fast_bfloat16
 from support.weights import BEYOND, beyond
 
@@ -23,6 +24,12 @@ def settings(args, stages):
     if s["beyond"] and not beyond("sampling"):
         raise ValueError(f"--model {args.model}: asks for {', '.join(s['beyond'])}; beyond/ has these and is not "
                          "there; pass --plain, or restore that folder")
+    made = stages["low"][1]["channels"]
+    asked = [f"--{c}" for c in FULL if getattr(args, c, None) and c not in made]
+    asked += [f"--{name}" for name in ("agree", "tidy") if s.get(name) and len(made) < len(FULL)]
+    if asked:
+        raise ValueError(f"--model {args.model}: makes {', '.join(made)} alone; {', '.join(asked)} asks for another; "
+                         "leave that out, or name other weights")
     cuda = args.device.startswith("cuda")
     small = cuda and torch.cuda.get_device_properties(args.device).total_memory < 16e9
     return s | dict(device=args.device, slab=args.slab, one_stage=args.slab > 0 or small,

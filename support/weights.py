@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
+from support.checks import FULL
 from support.files import read_json, read_safetensors, seal, write_atomic
 from support.released import from_released, read_released
 
@@ -49,7 +50,7 @@ def export(path, cfg, ema, grid, step, trained_on):
     command = " ".join(["python", program, *sys.argv[1:]])
     weights = {k: v.detach().half().cpu().contiguous() for k, v in ema.state_dict().items()}
     about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step, source=trained_on["source"],
-                 encoder=trained_on["encoder"],
+                 encoder=trained_on["encoder"], channels=trained_on["channels"],
                  provenance=dict(command=command, cases=trained_on["cases"], config=asdict(cfg)))
     about = json.loads(json.dumps(about))                                # as it will be read: tuples are lists
     about["sha256"] = seal(weights, about)
@@ -57,16 +58,17 @@ def export(path, cfg, ema, grid, step, trained_on):
     write_atomic(path.with_name("sampling.json"), (json.dumps(cfg.sampling()) + "\n").encode())
 
 
-def describe(folders):
-    """Cases, by what lies beside their arrays.   -> dict: cases, how many; source, "phantom" or "patient" or both;
-    encoder, the hash of the text encoder that embedded them, None if none says. ValueError if it is not one"""
+def describe(folders, channels=FULL):
+    """Cases, by what lies beside their arrays, of which `channels` are used.   -> dict: channels; cases, how many;
+    source, "phantom" or "patient" or both; encoder, the hash of the text encoder that embedded them, None if none says.
+    ValueError if it is not one"""
     metas = [read_json(case / "case.json") for case in folders]
     told = [case for case, meta in zip(folders, metas) if meta.get("report", True)]
     encoders = {read_json(case / "text.json").get("encoder"): case for case in told}
     if len(encoders) > 1:
         seen = " and ".join(f"{case} by {name or 'one without a name'}" for name, case in list(encoders.items())[:2])
         raise ValueError(f"text embedded by different encoders, {seen}; one is needed; embed all again")
-    return dict(cases=len(folders), encoder=next(iter(encoders), None),
+    return dict(cases=len(folders), encoder=next(iter(encoders), None), channels=list(channels),
                 source=sorted({"phantom" if meta.get("source") == "phantom" else "patient" for meta in metas}))
 
 
@@ -84,8 +86,9 @@ def build(args, UNet3D):
 
 
 def read_own(path, kind, UNet3D):
-    """A file that `export` wrote -> net, about: kind, grid, step, args, provenance."""
+    """A file that `export` wrote -> net, about: kind, grid, step, channels, args, provenance."""
     state, about = read_safetensors(path)
+    about.setdefault("channels", list(FULL))
     if about.get("kind") != kind:
         raise ValueError(f"{path}: weights of kind {about.get('kind')}, not {kind}; each stage has its own; "
                          "put the right file there")
@@ -126,8 +129,8 @@ def begin_from(path, kind, net):
 
 def load_stages(model, UNet3D):
     """A model folder, a runs/ folder, or the authors' *_ckpt folders -> {"low": (net, about), "sr": (net, about)},
-    those that are there.   about: kind, grid (edge of what the stage makes), file; of our own weights also step and
-    provenance
+    those that are there.   about: kind, grid (edge of what the stage makes), channels, file; of our own weights also
+    step and provenance
     """
     model, stages = Path(model), {}
     if not model.is_dir():
@@ -144,7 +147,7 @@ def load_stages(model, UNet3D):
             net = from_released(read_released(folder), UNet3D)
             kind = "sr" if net.args["in_channels"] == 8 else "low"
             stages[kind] = net, dict(kind=kind, grid=256 if kind == "sr" else 64, file=str(folder),
-                                     provenance="released weights, CC-BY-NC")
+                                     channels=list(FULL), provenance="released weights, CC-BY-NC")
     if "low" not in stages:
         raise ValueError(f"--model {model}: neither low.safetensors nor released *_ckpt folders in it; "
                          "stage 1 is always needed; train it with train_low.py or name another folder")
@@ -168,6 +171,10 @@ def check_pair(stages, model, scale):
     if "sr" not in stages:
         raise ValueError(f"--model {model}: no stage-2 weights; the full grid needs them; "
                          "train them with train_sr.py or pass --stop-at-low")
+    first, second = (", ".join(stages[kind][1]["channels"]) for kind in ("low", "sr"))
+    if first != second:
+        raise ValueError(f"--model {model}: stage 1 makes {first}, stage 2 {second}; the two belong together; train "
+                         "both with the same --channels or pass --stop-at-low")
     low, sr = (stages[kind][1]["grid"] for kind in ("low", "sr"))
     if sr != scale * low:
         raise ValueError(f"--model {model}: stage 1 makes {low}^3, stage 2 {sr}^3 where {scale * low}^3 is next; "

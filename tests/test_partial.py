@@ -2,12 +2,14 @@
 import json
 import shutil
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 
 import beyond.train_low
 import data
+import sample
 import text_encoder
 import train_low
 import train_sr
@@ -94,6 +96,28 @@ def test_both_stages_train_on_them_and_resume_to_the_bit(partial, tmp_path, fail
         assert all(torch.equal(states[0][k], states[-1][k]) for k in states[0])
     code, err = fails(beyond.train_low.main, *TINY, "--data", partial, "--out", tmp_path / "b")
     assert code == 2 and "lack a mask or a report" in err
+
+
+@pytest.mark.slow
+def test_the_ct_alone_is_trained_and_sampled(partial, tmp_path, fails, airway, phantoms):
+    for program, more in ((train_low, []), (train_sr, CROP)):
+        program.main([*map(str, [*TINY, *more, "--channels", "ct", "--steps", 1, "--show-every", 1, "--holdout", 1,
+                                 "--data", partial, "--out", tmp_path / "m" / program.Config.kind])])
+    code, err = fails(train_low.main, *TINY, "--data", partial, "--holdout", 1, "--out", tmp_path / "m/low")
+    assert code == 2 and "channels 'ct' -> 'ct,lobe,airway,vessel'" in err
+    how = ["--model", tmp_path / "m", "--low-steps", 1, "--sr-steps", 1, "--out", tmp_path / "o"]
+    sample.main([*map(str, how)])
+    (made,) = (tmp_path / "o").iterdir()
+    assert sorted(p.name for p in made.iterdir()) == ["ct.nii.gz", "preview.png", "sample.json"]
+    assert nibabel.load(made / "ct.nii.gz").shape == (32, 32, 32)
+    for option in (["--airway", airway], ["--agree"], ["--tidy"]):
+        code, err = fails(sample.main, *how, "--overwrite", *option)
+        assert code == 2 and f"makes ct alone; {option[0]}" in err
+    for channels in ("heart", "airway"):                  # no such one; a case has none
+        code, err = fails(train_low.main, *TINY, "--channels", channels, "--data", partial, "--out", tmp_path / "n")
+        assert code == 2 and f"--channels {channels}" in err and not (tmp_path / "n").exists()
+    code, err = fails(beyond.train_low.main, *TINY, "--channels", "ct", "--data", phantoms, "--out", tmp_path / "n")
+    assert code == 2 and "the losses here need all four" in err
 
 
 def test_a_missing_report_is_the_null_text(partial):

@@ -34,15 +34,17 @@ import torch
 from tqdm import tqdm
 
 from data import CHANNELS, FOV, MASKS, SCALE, cases, grid_affine, on_grid, write_case
+from support.align import antspy, onto, read_atlas
 from support.anatomy import WIDEST
 from support.checks import check_grid, has
 from support.cli import Parser, exits, say
 from support.files import read_json, sha256, write_atomic
+from support.makers import check_tools, segmented, tools_of
 from support.nifti import read_header
 from support.pictures import cohort, sheet
 from support.reports import checked, patient, read_report, split_sections
 from support.scans import RAD, axes, read_scan
-from support.segment import check_tool, combined, segmented
+from support.segment import combined
 from support.sources import SOURCES, by_name
 from support.splits import read_split, write_split
 
@@ -92,13 +94,17 @@ def read(scan, a, found):
                 if not 0 < share <= WIDEST[c]:
                     raise ValueError(f"it fills {share:.0%} of the volume")
                 volumes[c], names[c] = (mask[0].astype(np.uint8), mask[1]), next(iter(files))
+        to_scan, center = np.eye(4), None
+        if a.align == "affine":                          # the scan's world becomes the atlas's
+            to_scan, center = onto(a.lungs, volumes), a.lungs[2]
+            volumes = {c: (array, np.linalg.inv(to_scan) @ its) for c, (array, its) in volumes.items()}
         ct = mask = None                                 # on_grid drops each when it is through
-        arrays, center = on_grid(volumes, names, a.grid, as_is=a.as_is)
+        arrays, center = on_grid(volumes, names, a.grid, center, a.as_is)
     report = report_of(scan, found)
     voxels = {c: int((arrays[c] > 0).sum()) for c in MASKS if c in arrays}
     meta = dict(source={c: Path(p).name for c, p in names.items()}, grid=a.grid, center_ras_mm=center, as_is=a.as_is,
-                affine=grid_affine(a.grid, center).tolist(), voxels=voxels, scan_affine=affine.tolist(),
-                scan_shape=shape, hu=note)
+                affine=(to_scan @ grid_affine(a.grid, center)).tolist(), voxels=voxels, align=a.align,
+                scan_affine=affine.tolist(), scan_shape=shape, hu=note)
     return dict(arrays, report=report), meta
 
 
@@ -140,7 +146,9 @@ def key(scan, a):
     files = [*scan.files, *(p for its in scan.masks.values() for p in its)]
     files += [scan.report] if isinstance(scan.report, Path) else []
     seen = [(os.path.relpath(p, a.root), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()]
-    asked = (a.grid, a.as_is, a.segment, scan.about, None if isinstance(scan.report, Path) else scan.report)
+    text = None if isinstance(scan.report, Path) else scan.report
+    asked = (a.grid, a.as_is, ",".join(a.segment) or None, scan.about, text)
+    asked += () if a.align == "center" else (a.align, a.atlas_hash)
     return hashlib.sha256(repr((seen, asked)).encode()).hexdigest()[:16]
 
 
@@ -246,10 +254,13 @@ def results(todo, a):
 
 
 def prepare(a):
+    if a.align == "affine":
+        antspy()
+        a.lungs, a.atlas_hash = read_atlas(a.atlas), sha256(a.atlas)
     scans, out = find(a), Path(a.out)
     if a.dry_run:
         return foresee(scans, a)
-    check_tool(a.segment)
+    check_tools(a.segment)
     apart = named_apart(out, scans, a)
     rows = done(out, scans, a)
     todo = [s for s in scans if s.id not in rows]
@@ -378,12 +389,16 @@ def main(argv=None):
     add("--reports", metavar="FILE", help="CSV or .jsonl: VolumeName or id; Findings_EN, Impressions_EN, or text")
     add("--metadata", metavar="CSV", help="ct-rate: its metadata; else a table id,patient,ct,lobe,airway,vessel,report")
     add("--masks", metavar="DIR", help="masks: <id>/airway.nii.gz, <id>_airway.nii.gz or airway/<id>.nii.gz ...")
-    add("--segment", choices=("totalseg", "lungmask"), help="make the masks that are missing with this tool")
+    add("--segment", metavar="TOOLS", type=tools_of, default=(),
+        help="make the masks that are missing with totalseg, lungmask (lobes), naviairway (airways), or some: a,b")
     add("--orientation", metavar="CODES", help="rad-chestct: where the three axes lead instead of IPL")
     add("--limit", type=int, metavar="N", help="the first N scans alone")
     add = p.add_argument_group("what comes out").add_argument
     add("--out", default="data/train", metavar="DIR", help="folder of cases (default data/train)")
     add("--grid", type=int, default=256, help="256 (the paper's, the default) or 128 (--preset demo)")
+    add("--align", choices=("center", "affine"), default="center",
+        help="center: the lungs' middle is the grid's (default); affine: lungs are laid on the --atlas's, by antspyx")
+    add("--atlas", metavar="FILE", help="with --align affine: a mask of lungs or lobes, or a chest CT")
     add("--as-is", action="store_true", help="take masks that do not look like a chest's, with a warning")
     add("--held-out", type=float, default=0.1, help="share of the patients in split.json (default 0.1)")
     add("--split", metavar="FILE", help="a split.json to take instead")
@@ -397,6 +412,9 @@ def main(argv=None):
         if a.jobs < 1 or (a.limit or 1) < 1 or not 0 <= a.held_out < 1 or a.seed < 0:
             raise ValueError(f"--jobs {a.jobs}, --limit {a.limit}, --held-out {a.held_out}, --seed {a.seed}; at least "
                              "1, 1, 0 and below 1, 0; change it")
+        if (a.align == "affine") != bool(a.atlas):
+            raise ValueError(f"--align {a.align}{f', --atlas {a.atlas}' if a.atlas else ''}; --align affine goes with "
+                             "--atlas FILE; pass both or none")
         axes(a.orientation or RAD[0])
         prepare(a)
 

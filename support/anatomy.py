@@ -14,7 +14,8 @@ ORDER = (("LUL", 1, "LLL", 2, 0), ("RUL", 3, "RLL", 5, 0), ("RML", 4, "RLL", 5, 
 
 def shares_of_hu(ct):
     """Of air and lung, and of fat and soft tissue, among a CT's values; its minimum may be padding.   -> dict"""
-    ct = ct.reshape(-1)[::1 + ct.size // 10_000_000]                     # millions tell as much
+    every = 1 + int((ct.size // 10_000_000) ** (1 / ct.ndim))            # millions tell as much
+    ct = ct[(slice(None, None, every),) * ct.ndim]
     return {name: np.mean((ct > low) & (ct < high)) for name, (low, high) in dict(air=AIR, tissue=TISSUE).items()}
 
 

@@ -151,12 +151,39 @@ def save_like(path, array, affine, like):
     write_atomic(path, gzip.compress(image.to_bytes(), 4, mtime=0))
 
 
+def along_axes(array, step, start, shape, linear, fill):
+    """`resample` axis by axis, where those of both grids are parallel: far faster.   step, start: (3,),
+    output index i lies at start + step i of the array's   shape: of the output, in the array's order of axes"""
+    at = [start[k] + step[k] * np.arange(shape[k]) for k in range(3)]
+    if not linear:
+        at = [np.floor(np.round(a, 6) + 0.5).astype(int) for a in at]
+        inside = [(a >= 0) & (a < n) for a, n in zip(at, array.shape)]
+        out = array[np.ix_(*(a.clip(0, n - 1) for a, n in zip(at, array.shape)))].astype(np.float32)
+        out[~(inside[0][:, None, None] & inside[1][:, None] & inside[2])] = fill
+        return out
+    out = np.empty(array.shape, np.float32)
+    for y in range(out.shape[1]):                                        # from Fortran's order: faster than all at once
+        out[:, y] = array[:, y]
+    out = torch.from_numpy(out).sub_(fill)
+    for k in (2, 1, 0):                                                  # of hats, one voxel wide to each side
+        n = int(np.rint(abs(step[k])).clip(1, 4))
+        places = at[k][:, None] + step[k] * ((np.arange(n) + 0.5) / n - 0.5)
+        hats = np.maximum(0, 1 - np.abs(places[..., None] - np.arange(array.shape[k]))).mean(1)
+        hats = torch.from_numpy(hats.astype(np.float32))
+        out = out @ hats.T if k == 2 else hats @ out if k == 1 else (hats @ out.flatten(1)).unflatten(1, out.shape[1:])
+    return (out + fill).numpy()
+
+
 def resample(array, affine, out_affine, shape, linear, fill=0):
     """An array (any orientation, oblique too) sampled on another grid.   array: (X,Y,Z), affine: its index -> world
     out_affine: output index -> world, shape of the output   linear: trilinear, averaged over sub-voxels where the
     output is coarser (no aliasing); else nearest   fill: the value outside.   -> float32 array of `shape`
     """
     M = np.linalg.inv(affine) @ out_affine                               # output index -> input index
+    of = np.abs(M[:3, :3]).argmax(1)                                     # input axis -> output axis that follows it
+    beside = np.abs(M[:3, :3]) * shape * (np.arange(3) != of[:, None])
+    if sorted(of) == [0, 1, 2] and beside.max() < 1e-3:                  # voxels
+        return along_axes(array, M[range(3), of], M[:3, 3], np.asarray(shape)[of], linear, fill).transpose(of.argsort())
     source = torch.from_numpy(np.array(array, np.float32, order="C"))[None, None]
     source -= fill
     size = torch.tensor(array.shape, dtype=torch.float64)

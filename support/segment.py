@@ -1,6 +1,5 @@
 """Volumes of a case as NIfTI: the folder they lie in, the names of their files, and others' segmenters that make masks
 of a CT."""
-import gzip
 import hashlib
 import json
 import re
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from support.checks import MASKS, labels_of, load_channel
-from support.files import whole_folder, write_atomic
+from support.checks import labels_of, load_channel
+from support.files import whole_folder
 from support.nifti import load_nifti
 
 # TotalSegmentator's names of each structure's parts and our labels, by generation; and the task that writes them.
@@ -151,36 +150,3 @@ def by_command(case, tool, task, install, line):
                                "its own words stand above")
         (part / "made_from.json").write_text(json.dumps(made_from))
     return folder
-
-
-# --- masks made for preparing ---
-
-def segmented(scan, ct, a):
-    """Masks that a scan lacks, by --segment, from its CT as it was read.   ct: (array (X,Y,Z) in HU, affine)
-    -> {channel: {path: our label}}"""
-    import nibabel
-    wanted = [c for c in MASKS if c not in scan.masks]
-    wanted = [c for c in wanted if a.segment == "totalseg" or c == "lobe"]
-    if not a.segment or not wanted:
-        return {}
-    folder = Path(a.out) / ".segmented" / scan.id
-    folder.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(np.rint(ct[0]).clip(-32768, 32767).astype(np.int16), ct[1])
-    image.header.set_xyzt_units("mm")
-    write_atomic(folder / "ct.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))      # the same CT, the same bytes
-    tools = {"totalseg": totalsegmentator, "lungmask": lungmask}
-    return {c: files for c in wanted if (files := files_of(tools[a.segment](folder, TASKS[c]), c)[1])}
-
-
-def check_tool(name):
-    """ValueError unless the tool of --segment is installed; before the first scan is read."""
-    for tool, package in dict(totalseg="TotalSegmentator", lungmask="lungmask").items():
-        if tool == name and not shutil.which(package):
-            raise ValueError(f"--segment {name}: {package} is not installed; pip install {package}, or give the masks "
-                             "by --masks")
-
-
-def lungmask(case, task):
-    """Lobes by the command of lungmask.   -> the folder"""
-    return by_command(case, "lungmask", "lobe", "pip install lungmask",
-                      lambda command, ct, part: [command, ct, part / "lobe.nii.gz", "--modelname", "LTRCLobes_R231"])

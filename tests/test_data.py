@@ -71,6 +71,22 @@ def test_the_frame_is_left_anterior_superior_over_the_field_of_view():
     assert A @ [127.5, 127.5, 127.5, 1] == pytest.approx([0, 0, 0, 1])
 
 
+@pytest.mark.parametrize("of", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_parallel_axes_are_gone_through_one_by_one_to_the_same_values(of):
+    """Beside the way for any turn, which a thousandth of a degree asks for."""
+    rng = np.random.default_rng(0)
+    a, A = rng.normal(size=(20, 24, 17)), np.eye(4)
+    A[:3, :3] = np.diag([2.7, -0.6, 1.4])[list(of)]                      # of output voxels in the array's
+    A[:3, 3] = np.where(A[:3, :3].sum(1) < 0, np.array(a.shape) - 2.3, -3.3)
+    tilt = A.copy()
+    tilt[:3, :3] += 7e-5
+    for linear in (True, False):
+        x, y = (resample(np.asfortranarray(a), np.eye(4), to, (18, 15, 16), linear=linear, fill=5) for to in (A, tilt))
+        assert np.isclose(x, 5).any() and not np.isclose(x, 5).all() and x.shape == y.shape
+        apart = np.abs(x - y)
+        assert apart.max() < 0.1 and apart.mean() < 5e-3 if linear else np.mean(apart > 0) < 0.02    # of two as near
+
+
 def test_a_linear_ramp_survives_resampling_to_coarser_and_finer_grids():
     x, y, z = np.meshgrid(*[np.arange(n) for n in (40, 44, 48)], indexing="ij")
     for voxel in (0.4, 2.9):

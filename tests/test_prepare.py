@@ -21,6 +21,8 @@ import data
 import prepare
 import support.scans
 from data import CHANNELS, MASKS, cases
+from support import align
+from support.nifti import load_nifti
 from support.scans import axes, in_hu
 from support.sources import by_name, report_of
 from support.splits import read_split
@@ -91,7 +93,7 @@ def test_every_axis_order_gives_the_same_case(scans, tmp_path):
             turn = nibabel.orientations.inv_ornt_aff(np.stack([perm, flips], 1), array.shape)
             turned = nibabel.apply_orientation(array, np.stack([perm, flips], 1))
             nibabel.save(nibabel.Nifti1Image(turned, image.affine @ turn), tmp_path / "ct.nii")
-            args = Namespace(grid=32, as_is=False, segment=None, reports=None, metadata=None, masks=None)
+            args = Namespace(grid=32, as_is=False, segment=(), align="center", reports=None, metadata=None, masks=None)
             scan, = prepare.SOURCES["folder"](tmp_path, args)
             made = prepare.read(scan, args, [])[0]["ct"]
             whole = made if whole is None else whole
@@ -358,6 +360,80 @@ def test_masks_are_made_by_a_tool_that_is_asked_for(scans, tmp_path, monkeypatch
     made = run("folder", root, tmp_path / "a", "--segment", "lungmask")
     whole = run("folder", scans, tmp_path / "b")
     assert all(same(made[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_airways_of_naviairway_get_the_place_that_its_files_lack(scans, tmp_path, monkeypatch, fails):
+    """A command that writes what NaviAirway's notebook writes: the CT's voxels, as ITK keeps an array of no place."""
+    root, tool = tmp_path / "r", tmp_path / "bin/naviairway"
+    shutil.copytree(scans, root)
+    for case in root.iterdir():
+        mask = nibabel.load(case / "airway.nii.gz")
+        ras = np.asarray(nibabel.as_closest_canonical(mask).dataobj)     # the CT that the tool is given lies so
+        nibabel.save(nibabel.Nifti1Image(ras, np.diag([-1.0, -1, 1, 1])), tmp_path / f"{case.name}.nii.gz")
+        (case / "airway.nii.gz").unlink()
+    tool.parent.mkdir()
+    name = "segmentation_add_broken_parts.nii.gz"
+    tool.write_text(f"#!/bin/sh\ncp {tmp_path}/$(basename $(dirname $1)).nii.gz $2/{name}\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+    args = ["--from", "folder", "--root", root, "--out", tmp_path / "n", "--segment"]
+    code, err = fails(prepare.main, *args, "naviairway")
+    assert code == 2 and "naviairway is not installed" in err
+    code, err = fails(prepare.main, *args, "navi")
+    assert code == 2 and "tools are totalseg, lungmask, naviairway" in err
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    made, whole = run("folder", root, tmp_path / "a", "--segment", "naviairway"), run("folder", scans, tmp_path / "b")
+    assert all(same(made[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_scan_that_is_turned_and_stretched_is_laid_on_the_atlas(scans, tmp_path, monkeypatch, fails):
+    """With the registration's answer given: the case of the scan as it was, up to rounding at edges."""
+    to_scan = np.array([[1.1, -0.1, 0, 20], [0.1, 0.95, 0, -15], [0, 0, 1.05, 40], [0, 0, 0, 1]])
+    root = tmp_path / "r"
+    for case in sorted(scans.iterdir())[:2]:
+        (root / case.name).mkdir(parents=True)
+        for path in case.glob("*.nii.gz"):
+            image = nibabel.load(path)
+            nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32), to_scan @ image.affine),
+                         root / case.name / path.name)
+    monkeypatch.setattr(prepare, "antspy", lambda: None)
+    monkeypatch.setattr(prepare, "onto", lambda atlas, volumes: to_scan)
+    atlas = next(scans.iterdir()) / "lobe.nii.gz"
+    made = run("folder", root, tmp_path / "a", "--align", "affine", "--atlas", atlas)
+    for name, case in made.items():
+        about, lobe = json.loads((case / "case.json").read_text()), np.load(case / "lobe.npy") > 0
+        A = np.array(about["affine"])
+        assert about["align"] == "affine" and np.allclose(A, to_scan @ data.grid_affine(32, about["center_ras_mm"]))
+        as_it_was, _ = data.to_model({"lobe": scans / name / "lobe.nii.gz"}, 32, about["center_ras_mm"])
+        assert 2 * np.sum(lobe & (as_it_was["lobe"] > 0)) > 0.99 * (lobe.sum() + (as_it_was["lobe"] > 0).sum())
+    code, err = fails(prepare.main, "--from", "folder", "--root", root, "--out", tmp_path / "n", "--align", "affine")
+    assert code == 2 and "goes with --atlas" in err
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9), np.uint8), np.eye(4)), tmp_path / "empty.nii")
+    code, err = fails(prepare.main, "--from", "folder", "--root", root, "--out", tmp_path / "n", "--align", "affine",
+                      "--atlas", tmp_path / "empty.nii")
+    assert code == 2 and "no lungs in it" in err
+
+
+@pytest.mark.slow
+def test_the_registration_finds_a_map_that_is_known(scans):
+    pytest.importorskip("ants")
+    lobe, affine = load_nifti(next(scans.iterdir()) / "lobe.nii.gz")
+    to_scan = np.array([[1.1, -0.1, 0, 20], [0.1, 0.95, 0, -15], [0, 0, 1.05, 40], [0, 0, 0, 1]])
+    atlas = (lobe > 0, affine)
+    found = align.onto(atlas, {"lobe": (lobe, to_scan @ affine)})
+    corners = np.array([[x, y, z, 1] for x in (-100, 100) for y in (-80, 80) for z in (-100, 100)]).T
+    assert np.abs((found - to_scan) @ corners).max() < 3                 # mm; voxels of this scan are 9 mm
+    assert (align.onto(atlas, {"lobe": (lobe, to_scan @ affine)}) == found).all()
+
+
+def test_itks_transforms_are_read_in_our_world():
+    """y = M (x - c) + c + t in a world where x and y point the other way."""
+    M, t, c = np.array([[1.0, 0.2, 0], [0, 1.1, 0], [0.3, 0, 0.9]]), np.array([5.0, 6, 7]), np.array([1.0, 2, 3])
+    x = np.array([10.0, -20, 30])
+    y = M @ (x - c) + c + t
+    to = align.from_itk([*M.ravel(), *t], c)
+    assert np.allclose(to @ [-10, 20, 30, 1], [-y[0], -y[1], y[2], 1])
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_parallel_axes_are_gone_through_one_by_one_to_the_same_values(of):
         x, y = (resample(np.asfortranarray(a), np.eye(4), to, (18, 15, 16), linear=linear, fill=5) for to in (A, tilt))
         assert np.isclose(x, 5).any() and not np.isclose(x, 5).all() and x.shape == y.shape
         apart = np.abs(x - y)
-        assert apart.max() < 0.1 and apart.mean() < 5e-3 if linear else np.mean(apart > 0) < 0.02    # of two as near
+        assert apart.max() < 0.1 and apart.mean() < 5e-3 if linear else np.mean(apart > 1e-3) < 0.02  # of two as near
 
 
 def test_a_linear_ramp_survives_resampling_to_coarser_and_finer_grids():

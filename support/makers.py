@@ -56,7 +56,8 @@ def naviairway(case, task):
     """Airways by NaviAirway, through a script around its notebook (docs/data.md). The notebook's files say nothing of
     a place, though they hold the CT's voxels: they get the CT's.   -> the folder"""
     import nibabel
-    folder = by_command(case, "naviairway", "airway", "docs/data.md shows how", lambda *names: names)
+    folder = by_command(case, "naviairway", "airway", "docs/data.md shows how",
+                        lambda command, *paths: [command, *(p.resolve() for p in paths)])
     made = next((p for name in NAVIAIRWAY if (p := file_of(folder, name))), None)
     if made is None:
         raise RuntimeError(f"{folder}: no {' or '.join(NAVIAIRWAY)}.nii.gz, which naviairway writes")

@@ -133,9 +133,10 @@ def low_loss(cfg, net, batch):
 def low_samples(cfg, net, dataset, device):
     """For the picture: two real cases and samples from their reports, guidance 2 (the released previews').
     -> list of (4,g,g,g), their titles"""
-    _, x0, text, *_ = next(iter(DataLoader(dataset, batch_size=min(2, len(dataset)))))
+    _, x0, text, *has = next(iter(DataLoader(dataset, batch_size=min(2, len(dataset)))))
+    text = net.text(text.to(device), ~has[0][:, -1].to(device) if has else None, len(x0))
     _, _, eps = draw(torch.arange(len(x0)), x0.shape[1:], device, cfg.seed)
-    made = ddim_sample(guided(net, text.to(device), 2.0), eps, times(20)).cpu()
+    made = ddim_sample(guided(net, text, 2.0), eps, times(20)).cpu()
     return [*x0, *made], ["held out"] * len(x0) + ["sample"] * len(x0)
 
 

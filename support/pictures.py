@@ -40,10 +40,10 @@ def picture(path, volumes, titles, caption="", fov=(1, 1, 1), channels=("ct", "l
         for ax, plane, aspect, name in zip(row, planes, aspects, ("axial", "coronal", "sagittal")):
             seen = dict(zip(channels, plane))
             ax.imshow(plane[0], cmap="gray", vmin=-1, vmax=1, aspect=aspect)
-            for name in (name for name in OUTLINES if name in seen):
-                levels = [-0.8, -0.4, 0, 0.4, 0.8] if name == "lobe" else [0]
-                if seen[name].max() > levels[0] > seen[name].min():
-                    ax.contour(seen[name], levels, colors=OUTLINES[name], linewidths=0.6)
+            for mask, color in OUTLINES.items():
+                levels = [-0.8, -0.4, 0, 0.4, 0.8] if mask == "lobe" else [0]
+                if mask in seen and seen[mask].max() > levels[0] > seen[mask].min():
+                    ax.contour(seen[mask], levels, colors=color, linewidths=0.6)
             ax.set_axis_off()
             words = f"{title}, {name}" if ax is row[0] else name
             ax.set_title(words, color="white", fontsize=8, parse_math=False)   # a file's name may hold a $

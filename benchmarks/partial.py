@@ -1,6 +1,6 @@
 """Cases without an airway mask: do they help, and what is the network best fed in a channel that is missing?
 
-    python benchmarks/partial.py                         # a quarter of an hour on one core
+    python benchmarks/partial.py                         # half an hour of one core
 
 Stage 1 without text, at 16^3, on phantoms: with all cases; with half of them without airway, the channel fed as 0 under
 the noise of its t or as noise alone; with the half that has airways. Same steps, three seeds.   -> error of the airway

@@ -47,7 +47,8 @@ UNITS = {"airway": "mm3", "effusion": "mL", "laa": "percent", "ctr": "ratio"}
 
 # --- files ---
 
-SAID = {"none": "those beside the CT{own}", "phantom": "by thresholds from CT and lobes, for phantoms alone",
+SAID = {"none": "those beside the CT{own}",
+        "phantom": "by thresholds from CT and lobes (airways from the CT), for phantoms alone",
         "totalseg": "TotalSegmentator's, of each CT"}
 
 
@@ -56,7 +57,7 @@ def read(case, name, segment="none", as_is=False):
     folder = case
     if segment == "totalseg" and name != "ct":
         folder = totalsegmentator(case, TASKS[name if name in TASKS else "lobe"])
-    if segment == "phantom" and name not in ("ct", "lobe"):
+    if segment == "phantom" and name not in ("ct", "lobe", "lung"):
         return by_thresholds(case, name)
     found = structure(folder, name)
     if found is None:
@@ -73,8 +74,9 @@ def by_thresholds(case, name):
     import phantom
     ct, affine = read(case, "ct")
     if name == "airway":
-        coarse, _ = lungs_of(ct, affine)
-        lobe = coarse[np.ix_(*(np.arange(n) * m // n for n, m in zip(ct.shape, coarse.shape)))].astype(np.uint8)
+        coarse, its = lungs_of(ct, affine)
+        every = np.rint(np.linalg.norm(its[:3, :3], axis=0) / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
+        lobe = coarse[np.ix_(*(np.arange(n) // k for n, k in zip(ct.shape, every)))].astype(np.uint8)
     else:
         (lobe, _), _ = one_grid(case, lobe=read(case, "lobe"), ct=(ct, affine))
     ct, lobe = (np.ascontiguousarray(a[::-1].transpose(2, 1, 0)) for a in (ct, lobe))       # RAS -> the model's frame

@@ -95,7 +95,7 @@ class Config(Common):
 def low_data(cfg):
     """-> Cases to train on, Cases held out or None"""
     folders, held_out = split_cases(cfg.data, cfg.holdout, cfg.out)
-    dataset = Cases(folders, cfg.seed, channels=channels_of(cfg.channels, folders))
+    dataset = Cases(folders, cfg.seed, channels=channels_of(cfg.channels, folders + held_out))
     check_levels(cfg, dataset.grid, SCALE)
     one_size(folders[:1] + held_out, ("low", "text"))
     return dataset, Cases(held_out, cfg.seed, channels=dataset.channels) if held_out else None
@@ -105,7 +105,7 @@ def low_net(cfg, dataset):
     C, (tokens, width) = len(dataset.channels), dataset[0][2].shape
     net = UNet3D(cfg.dim, C, C, heads=cfg.heads, levels=cfg.levels, context_dim=width, tokens=tokens)
     if cfg.init and runs.is_new(cfg.out):
-        begin_from(cfg.init, "low", net)
+        begin_from(cfg.init, "low", net, dataset.channels)
     return net
 
 

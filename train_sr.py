@@ -48,7 +48,7 @@ def sr_data(cfg):
     """Crops of the training cases and of those held out."""
     crop = crop_of(cfg.crop, *cfg.multiples())
     folders, held_out = split_cases(cfg.data, cfg.holdout, cfg.out)
-    dataset = Cases(folders, cfg.seed, crop, channels_of(cfg.channels, folders))
+    dataset = Cases(folders, cfg.seed, crop, channels_of(cfg.channels, folders + held_out))
     one_size(folders[:1] + held_out, ("low",))
     return dataset, Cases(held_out, cfg.seed, crop, dataset.channels) if held_out else None
 
@@ -57,7 +57,7 @@ def sr_net(cfg, dataset):
     C = len(dataset.channels)
     net = UNet3D(cfg.dim, 2 * C, C, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels, bottom=cfg.bottom)
     if cfg.init and is_new(cfg.out):
-        begin_from(cfg.init, "sr", net)
+        begin_from(cfg.init, "sr", net, dataset.channels)
     return net
 
 

@@ -59,6 +59,9 @@ class Model:
         (self.low, about), (self.sr, _) = stages["low"], stages.get("sr", (None, None))
         self.s, self.device, self.seed = settings(args, stages), args.device, args.seed
         self.grid, self.step = about["grid"], about["step"]
+        if tuple(about["channels"]) != CHANNELS:
+            raise ValueError(f"--model {args.model}: makes {', '.join(about['channels'])}; all four are measured; name "
+                             "other weights")
         for net, _ in stages.values():
             ready(net, self.s)
         self.encoder = text_encoder.load(args.text or Path(args.model) / "text", tokens=self.low.args["tokens"])

@@ -42,7 +42,7 @@ class Reference(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net = copy.deepcopy(net)
+        self.net, self.args = copy.deepcopy(net), net.args
         swap(self.net)
 
     def block(self, b, x, temb):

@@ -8,7 +8,7 @@ import numpy as np
 
 from support.checks import MASKS
 from support.files import write_atomic
-from support.nifti import read_header
+from support.nifti import damage, read_header
 from support.segment import TASKS, by_command, file_of, files_of, totalsegmentator
 
 NAVIAIRWAY = ("segmentation_add_broken_parts", "segmentation")          # its names, the better first
@@ -16,7 +16,7 @@ NAVIAIRWAY = ("segmentation_add_broken_parts", "segmentation")          # its na
 
 def tools_of(text):
     """Text of --segment, such as "lungmask,naviairway" -> tools"""
-    names = tuple(text.split(","))
+    names = tuple(name.strip() for name in text.split(","))
     if not set(names) <= TOOLS.keys():
         raise argparse.ArgumentTypeError(f"{text}: tools are {', '.join(TOOLS)}")
     return names
@@ -59,16 +59,20 @@ def naviairway(case, task):
     folder = by_command(case, "naviairway", "airway", "docs/data.md shows how",
                         lambda command, *paths: [command, *(p.resolve() for p in paths)])
     made = next((p for name in NAVIAIRWAY if (p := file_of(folder, name))), None)
-    if made is None:
-        raise RuntimeError(f"{folder}: no {' or '.join(NAVIAIRWAY)}.nii.gz, which naviairway writes")
-    if not file_of(folder, "airway"):
-        read_header(made)                                # refuses what is no volume
+    if file_of(folder, "airway"):
+        return folder
+    try:
+        read_header(made or folder / f"{NAVIAIRWAY[0]}.nii.gz")          # refuses what is no volume
         ct, mask = nibabel.load(case / "ct.nii.gz"), nibabel.load(made)
         if mask.shape != ct.shape:
-            raise ValueError(f"{made}: {mask.shape} voxels, the CT {ct.shape}; naviairway keeps the CT's; run it again")
-        image = nibabel.Nifti1Image((np.asarray(mask.dataobj) > 0).astype(np.uint8), ct.affine)
-        image.header.set_xyzt_units("mm")
-        write_atomic(folder / "airway.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))
+            raise ValueError(f"{mask.shape} voxels, the CT {ct.shape}")
+        voxels = np.asarray(mask.dataobj) > 0
+    except (*damage(), nibabel.filebasedimages.ImageFileError) as e:
+        shutil.rmtree(folder)                            # to be made again
+        raise RuntimeError(f"{folder}: not what naviairway writes ({e})") from None
+    image = nibabel.Nifti1Image(voxels.astype(np.uint8), ct.affine)
+    image.header.set_xyzt_units("mm")
+    write_atomic(folder / "airway.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))
     return folder
 
 

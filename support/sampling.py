@@ -24,8 +24,11 @@ def settings(args, stages):
     if s["beyond"] and not beyond("sampling"):
         raise ValueError(f"--model {args.model}: asks for {', '.join(s['beyond'])}; beyond/ has these and is not "
                          "there; pass --plain, or restore that folder")
-    made = stages["low"][1]["channels"]
-    asked = [f"--{c}" for c in FULL if getattr(args, c, None) and c not in made]
+    made, given = stages["low"][1]["channels"], [c for c in FULL if getattr(args, c, None)]
+    if set(given) >= set(made):
+        raise ValueError(f"--{' --'.join(given)} with --model {args.model}: makes {', '.join(made)} alone; something "
+                         "must be left to make; leave one out, or name other weights")
+    asked = [f"--{c}" for c in given if c not in made]
     asked += [f"--{name}" for name in ("agree", "tidy") if s.get(name) and len(made) < len(FULL)]
     if asked:
         raise ValueError(f"--model {args.model}: makes {', '.join(made)} alone; {', '.join(asked)} asks for another; "

@@ -101,15 +101,17 @@ def read_own(path, kind, UNet3D):
     return net, about
 
 
-def read_init(path, kind, net, free=()):
-    """--init: weights to train on from.   free: arguments in which they may differ from `net`   -> state dict,
-    arguments"""
+def read_init(path, kind, net, free=(), channels=FULL):
+    """--init: weights to train on from.   free: arguments in which they may differ from `net`   channels: of the run
+    -> state dict, arguments"""
     try:
         state, about = read_safetensors(path)
     except ValueError as e:
         raise ValueError(f"--init {e}") from None
     args = without_idle(about.get("args", {}))
     differing = {k: v for k, v in args.items() if v != net.args.get(k) and k not in free}
+    if about.get("channels", list(FULL)) != list(channels):
+        differing["channels"] = ",".join(about.get("channels", FULL))
     if about.get("kind") != kind or differing:
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has "
                          "others; pass the options of that network; where --help has none of these, "
@@ -117,9 +119,9 @@ def read_init(path, kind, net, free=()):
     return {k: v.float() for k, v in state.items()}, args
 
 
-def begin_from(path, kind, net):
+def begin_from(path, kind, net, channels):
     """The weights of --init, into `net`."""
-    state, _ = read_init(path, kind, net)
+    state, _ = read_init(path, kind, net, channels=channels)
     try:
         net.load_state_dict(state)
     except RuntimeError as e:

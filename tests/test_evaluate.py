@@ -212,6 +212,11 @@ def test_thresholds_segment_the_ct_whatever_mask_lies_beside_it(folders, tmp_pat
         evaluate.main(["effusion", "bare", "--segment", segment])
         assert float(table("effusion.csv")[0]["value"]) == pytest.approx(wanted, rel=0.1)
         assert said in capsys.readouterr().out.splitlines()[0]
+    evaluate.main(["laa", "bare", "--segment", "phantom"])
+    assert float(table("laa.csv")[0]["value"]) == pytest.approx(truth["laa950_percent"], abs=0.5)
+    (case / "lobe.nii.gz").unlink()                      # airways need the CT alone
+    evaluate.main(["airway", "bare", "--segment", "phantom"])
+    assert float(table("airway.csv")[0]["value"]) == pytest.approx(truth["airway_mm3"], rel=0.2)
 
 
 def test_a_phantom_measures_what_it_was_drawn_with():

@@ -113,6 +113,11 @@ def test_the_ct_alone_is_trained_and_sampled(partial, tmp_path, fails, airway, p
     for option in (["--airway", airway], ["--agree"], ["--tidy"]):
         code, err = fails(sample.main, *how, "--overwrite", *option)
         assert code == 2 and f"makes ct alone; {option[0]}" in err
+    code, err = fails(sample.main, *how, "--overwrite", "--ct", made / "ct.nii.gz")
+    assert code == 2 and "something must be left to make" in err
+    code, err = fails(train_low.main, *TINY, "--channels", "vessel", "--data", phantoms, "--out", tmp_path / "i",
+                      "--init", tmp_path / "m/low/low.safetensors")
+    assert code == 2 and "{'channels': 'ct'}" in err
     for channels in ("heart", "airway"):                  # no such one; a case has none
         code, err = fails(train_low.main, *TINY, "--channels", channels, "--data", partial, "--out", tmp_path / "n")
         assert code == 2 and f"--channels {channels}" in err and not (tmp_path / "n").exists()

@@ -156,7 +156,7 @@ class Cases(Dataset):
         self.folders, self.seed, self.crop, self.channels = folders, seed, crop, channels
         complete(folders, (*channels, "low") if crop else ("low", "text"), stage=2 if crop else 1)
         one_size(folders, ("low",) if crop else ("low", "text"))
-        self.has = {case: [name in has(case) for name in (*channels, "text")] for case in folders}
+        self.has = {case: [c in it for c in (*channels, "text")] for case, it in zip(folders, map(has, folders))}
         self.whole = all(all(there) for there in self.has.values())
         self.text_shape = None if crop else next(array_of(f, "text").shape for f in folders if self.has[f][-1])
         low = array_of(folders[0], "low").shape[-1]

@@ -127,7 +127,7 @@ def save_nifti(path, array, affine):
     array: (D,H,W) int16 HU or uint8 labels   affine: its index (d,h,w) -> world, as `data.grid_affine` has it
     """
     import nibabel
-    ras = np.ascontiguousarray(array[..., ::-1]).transpose(2, 1, 0)      # (x,y,z), x towards the right, as it is written
+    ras = np.ascontiguousarray(array[..., ::-1]).transpose(2, 1, 0)      # (x,y,z), x to the right, in the file's order
     flip = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, len(array) - 1], [0, 0, 0, 1.0]])    # (x,y,z) -> (d,h,w)
     image = nibabel.Nifti1Image(ras, affine @ flip)
     image.set_sform(affine @ flip, 1)

@@ -87,6 +87,7 @@ def test_a_seed_is_a_sample_and_reports_count(model, tmp_path):
     assert not np.array_equal(volume(tmp_path / "a/2_00"), volume(tmp_path / "b/2"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_what_cannot_be_made_is_passed_over_and_made_by_resume(model, tmp_path, monkeypatch, fails, capsys):
     reports, out = tmp_path / "r", tmp_path / "out"
@@ -134,6 +135,7 @@ def test_every_mask_may_be_fixed_and_a_ct_is_segmented(model, tmp_path):
     assert np.allclose(*affines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_several_cts_are_segmented_under_their_names_on_their_own_grids(model, tmp_path, fails):
     rng = np.random.default_rng(0)
@@ -357,6 +359,7 @@ def test_where_beyond_is_deleted_what_asks_for_it_is_refused_and_names_plain(tol
     assert how(monkeypatch, told)["beyond"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_stage_2_agrees_with_stage_1_if_asked_to(model, tmp_path):
     def apart(ct):                                                       # in tissue, HU

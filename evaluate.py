@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import FOV, LOBES, MASKS, encode, grid_affine
-from support.anatomy import faults_of_masks, judge, lungs_of
+from support.anatomy import faults_of_masks, judge, lungs_of, strides
 from support.checks import load_channel
 from support.cli import Parser, choose_device, exits, say, sentence
 from support.features import feature_net, features
@@ -74,9 +74,8 @@ def by_thresholds(case, name):
     import phantom
     ct, affine = read(case, "ct")
     if name == "airway":
-        coarse, its = lungs_of(ct, affine)
-        every = np.rint(np.linalg.norm(its[:3, :3], axis=0) / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
-        lobe = coarse[np.ix_(*(np.arange(n) // k for n, k in zip(ct.shape, every)))].astype(np.uint8)
+        coarse, _ = lungs_of(ct, affine)
+        lobe = coarse[np.ix_(*(np.arange(n) // k for n, k in zip(ct.shape, strides(affine))))].astype(np.uint8)
     else:
         (lobe, _), _ = one_grid(case, lobe=read(case, "lobe"), ct=(ct, affine))
     ct, lobe = (np.ascontiguousarray(a[::-1].transpose(2, 1, 0)) for a in (ct, lobe))       # RAS -> the model's frame

@@ -96,7 +96,7 @@ def read(scan, a, found):
                 volumes[c], names[c] = (mask[0].astype(np.uint8), mask[1]), next(iter(files))
         to_scan, center = np.eye(4), None
         if a.align == "affine":                          # the scan's world becomes the atlas's
-            to_scan, center = onto(a.lungs, volumes), a.lungs[2]
+            to_scan, center = onto(a.atlas_lungs, volumes), a.atlas_lungs[2]
             volumes = {c: (array, np.linalg.inv(to_scan) @ its) for c, (array, its) in volumes.items()}
         ct = mask = None                                 # on_grid drops each when it is through
         arrays, center = on_grid(volumes, names, a.grid, center, a.as_is)
@@ -255,8 +255,8 @@ def results(todo, a):
 
 def prepare(a):
     if a.align == "affine":
-        antspy()
-        a.lungs, a.atlas_hash = read_atlas(a.atlas), sha256(a.atlas)
+        with antspy():                                   # or it is not installed
+            a.atlas_lungs, a.atlas_hash = read_atlas(a.atlas), sha256(a.atlas)
     scans, out = find(a), Path(a.out)
     if a.dry_run:
         return foresee(scans, a)

@@ -1,27 +1,33 @@
 """A scan's lungs laid on an atlas's by an affine map, as the paper does before training (sec. 5.1); by antspyx, which
 is imported where it is asked for."""
+import contextlib
 import os
 import tempfile
 
 import numpy as np
 
-from support.anatomy import box_center, lungs_of, without_stray
+from support.anatomy import box_center, lungs_of, strides, without_stray
 from support.checks import load_channel
 from support.nifti import load_nifti
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])     # nibabel's world and ITK's
 
 
+@contextlib.contextmanager
 def antspy():
-    """The library, with one thread a process and one seed: else it ends elsewhere each time, by a millimetre.
-    ValueError where it is not installed."""
+    """The library, with one thread and one seed, which it reads from the environment: else it ends elsewhere each time,
+    by a millimetre. ValueError where it is not installed."""
+    before = dict(os.environ)
     os.environ |= dict(ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS="1", ANTS_RANDOM_SEED="1")
     try:
         import ants
+        yield ants
     except ImportError as e:
         raise ValueError(f"--align affine: antspyx is not installed ({e}); it lays lungs on an atlas's; pip install "
                          "antspyx, or take --align center") from None
-    return ants
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def lungs_in(volumes):
@@ -30,7 +36,7 @@ def lungs_in(volumes):
     if "lobe" not in volumes:
         return lungs_of(*volumes["ct"])
     array, affine = volumes["lobe"]
-    every = np.maximum(1, np.rint(4 / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
+    every = strides(affine)
     return array[tuple(slice(None, None, n) for n in every)] > 0, affine @ np.diag([*every, 1.0])
 
 
@@ -47,10 +53,10 @@ def read_atlas(path):
 def onto(atlas, volumes):
     """-> (4,4), the atlas's world -> the scan's, mm, RAS+, which lays its lungs on the scan's. ValueError where nothing
     does"""
-    ants, lungs = antspy(), lungs_in(volumes)
+    lungs = lungs_in(volumes)
     if not lungs[0].any():
         raise ValueError("no two lungs in it, which --align affine lays on the atlas; take --align center")
-    with tempfile.TemporaryDirectory() as folder:
+    with antspy() as ants, tempfile.TemporaryDirectory() as folder:
         found = ants.registration(itk_image(ants, *atlas[:2]), itk_image(ants, *lungs), "Affine",
                                   aff_metric="meansquares", outprefix=folder + "/")
         transform = ants.read_transform(found["fwdtransforms"][0])

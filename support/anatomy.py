@@ -98,11 +98,16 @@ def judge(paths, faults, doubts, as_is):
 
 # --- places ---
 
+def strides(affine):
+    """Every how many voxels of a grid, by axis, lie about 4 mm apart: enough to find lungs.   -> (3,) int"""
+    return np.maximum(1, np.rint(4 / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
+
+
 def lungs_of(ct, affine):
     """The lungs of a CT, any part of a body: the two largest volumes of air inside it, without what is thin.
     ct: (X,Y,Z) HU   -> mask of every n-th voxel, about 4 mm apart, its affine; an empty mask where there are none"""
     from scipy import ndimage
-    every = np.maximum(1, np.rint(4 / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
+    every = strides(affine)
     air = ct[tuple(slice(None, None, n) for n in every)] < -400
     coarse = affine @ np.diag([*every, 1.0])
     parts, _ = ndimage.label(air)
@@ -121,7 +126,7 @@ def fault_of_orientation(ct, affine):
     the spine behind, the aorta on its left.   ct: (X,Y,Z) HU in RAS+ order   -> str, '' if nothing speaks against it"""
     lungs, coarse = lungs_of(ct, affine)
     edges = np.linalg.norm(coarse[:3, :3], axis=0)                       # mm of these voxels
-    every = np.rint(edges / np.linalg.norm(affine[:3, :3], axis=0)).astype(int)
+    every = strides(affine)
     spans = [np.flatnonzero(lungs.any(tuple({0, 1, 2} - {k})))[[0, -1]] for k in range(3)] if lungs.any() else []
     if not spans or min(b - a for a, b in spans) < 8:
         return "no two lungs in it"

@@ -1,14 +1,12 @@
 """Masks that a scan lacks, made of its CT by others' segmenters (`prepare.py --segment`)."""
 import argparse
-import gzip
 import shutil
 from pathlib import Path
 
 import numpy as np
 
 from support.checks import MASKS
-from support.files import write_atomic
-from support.nifti import damage, read_header
+from support.nifti import damage, read_header, write_nifti
 from support.segment import TASKS, by_command, file_of, files_of, totalsegmentator
 
 NAVIAIRWAY = ("segmentation_add_broken_parts", "segmentation")          # its names, the better first
@@ -33,16 +31,13 @@ def check_tools(names):
 def segmented(scan, ct, a):
     """Masks that a scan lacks, by the first tool of --segment that makes them, from its CT as it was read.
     ct: (array (X,Y,Z) in HU, affine)   -> {channel: {path: our label}}"""
-    import nibabel
     makers = {c: make for name in reversed(a.segment) for _, _, made, make in [TOOLS[name]] for c in made}
     makers = {c: make for c, make in makers.items() if c not in scan.masks}
     if not makers:
         return {}
     folder = Path(a.out) / ".segmented" / scan.id
     folder.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(np.rint(ct[0]).clip(-32768, 32767).astype(np.int16), ct[1])
-    image.header.set_xyzt_units("mm")
-    write_atomic(folder / "ct.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))      # the same CT, the same bytes
+    write_nifti(folder / "ct.nii.gz", np.rint(ct[0]).clip(-32768, 32767).astype(np.int16), ct[1], level=1)
     return {c: files for c, make in makers.items() if (files := files_of(make(folder, TASKS[c]), c)[1])}
 
 
@@ -70,9 +65,7 @@ def naviairway(case, task):
     except (*damage(), nibabel.filebasedimages.ImageFileError) as e:
         shutil.rmtree(folder)                            # to be made again
         raise RuntimeError(f"{folder}: not what naviairway writes ({e})") from None
-    image = nibabel.Nifti1Image(voxels.astype(np.uint8), ct.affine)
-    image.header.set_xyzt_units("mm")
-    write_atomic(folder / "airway.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0))
+    write_nifti(folder / "airway.nii.gz", voxels.astype(np.uint8), ct.affine, level=1)
     return folder
 
 

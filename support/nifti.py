@@ -121,34 +121,35 @@ def named(edges):
     return " x ".join(f"{edge:.4g}" for edge in edges)
 
 
+def write_nifti(path, array, affine, level=4):
+    """An array (X,Y,Z) and its affine, in mm -> a .nii.gz, which appears whole. The same voxels are the same bytes.
+    level: of compression"""
+    import nibabel
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_sform(affine, 1)
+    image.set_qform(affine, 1)
+    image.header.set_xyzt_units("mm")
+    write_atomic(path, gzip.compress(image.to_bytes(), level, mtime=0))
+
+
 def save_nifti(path, array, affine):
     """An array of the model's frame -> NIfTI, RAS+, sform and qform code 1, mm. The file appears whole or not at all.
 
     array: (D,H,W) int16 HU or uint8 labels   affine: its index (d,h,w) -> world, as `data.grid_affine` has it
     """
-    import nibabel
     ras = np.ascontiguousarray(array[..., ::-1]).transpose(2, 1, 0)      # (x,y,z), x to the right, in the file's order
     flip = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, len(array) - 1], [0, 0, 0, 1.0]])    # (x,y,z) -> (d,h,w)
-    image = nibabel.Nifti1Image(ras, affine @ flip)
-    image.set_sform(affine @ flip, 1)
-    image.set_qform(affine @ flip, 1)
-    image.header.set_xyzt_units("mm")
-    write_atomic(path, gzip.compress(image.to_bytes(), 4, mtime=0))
+    write_nifti(path, ras, affine @ flip)
 
 
 def save_like(path, array, affine, like):
     """The same, on the grid of another NIfTI, as that lies in its file.   array: (D,H,W), int16 HU or labels"""
-    import nibabel
     header = read_header(like)[1]
     shape = [*header.get_data_shape(), 1][:3]
     target = np.diag([*[MM[header.get_xyzt_units()[0]]] * 3, 1]) @ header.get_best_affine()
     ct = array.dtype == np.int16
     out = np.rint(resample(array, affine, target, shape, linear=ct, fill=array.min() if ct else 0))
-    image = nibabel.Nifti1Image(out.astype(array.dtype), target)
-    image.set_sform(target, 1)
-    image.set_qform(target, 1)
-    image.header.set_xyzt_units("mm")
-    write_atomic(path, gzip.compress(image.to_bytes(), 4, mtime=0))
+    write_nifti(path, out.astype(array.dtype), target)
 
 
 def along_axes(array, step, start, shape, linear, fill):

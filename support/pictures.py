@@ -2,6 +2,7 @@
 drawn."""
 import numpy as np
 
+from support.checks import FULL
 from support.files import write_atomic
 
 OUTLINES = dict(lobe="gold", vessel="red", airway="cyan")
@@ -20,7 +21,7 @@ def save(fig, path, **options):
     pyplot().close(fig)
 
 
-def picture(path, volumes, titles, caption="", fov=(1, 1, 1), channels=("ct", "lobe", "airway", "vessel")):
+def picture(path, volumes, titles, caption="", fov=(1, 1, 1), channels=FULL):
     """Rows of axial, coronal and sagittal planes through the middle of the airway (without one, of the volume), in the
     whole HU window, masks outlined: lobes yellow, airway cyan, vessels red.
 

@@ -24,15 +24,7 @@ def settings(args, stages):
     if s["beyond"] and not beyond("sampling"):
         raise ValueError(f"--model {args.model}: asks for {', '.join(s['beyond'])}; beyond/ has these and is not "
                          "there; pass --plain, or restore that folder")
-    made, given = stages["low"][1]["channels"], [c for c in FULL if getattr(args, c, None)]
-    if set(given) >= set(made):
-        raise ValueError(f"--{' --'.join(given)} with --model {args.model}: makes {', '.join(made)} alone; something "
-                         "must be left to make; leave one out, or name other weights")
-    asked = [f"--{c}" for c in given if c not in made]
-    asked += [f"--{name}" for name in ("agree", "tidy") if s.get(name) and len(made) < len(FULL)]
-    if asked:
-        raise ValueError(f"--model {args.model}: makes {', '.join(made)} alone; {', '.join(asked)} asks for another; "
-                         "leave that out, or name other weights")
+    check_channels(args, s, stages["low"][1]["channels"])
     cuda = args.device.startswith("cuda")
     small = cuda and torch.cuda.get_device_properties(args.device).total_memory < 16e9
     return s | dict(device=args.device, slab=args.slab, one_stage=args.slab > 0 or small,
@@ -91,6 +83,20 @@ def wanted(s):
     names = [name for name in ("agree", "tidy", "shown") if s.get(name)]
     names += ["solver"] if s.get("solver", "ddim") != "ddim" else []
     return names + (["interval"] if list(s.get("interval", (0, 1))) != [0, 1] else [])
+
+
+def check_channels(args, s, made):
+    """ValueError unless the channels that weights make are enough for what is given and asked for.   s: some of
+    SAMPLING"""
+    given = [c for c in FULL if getattr(args, c, None)]
+    if set(given) >= set(made):
+        raise ValueError(f"--{' --'.join(given)} with --model {args.model}: makes {', '.join(made)} alone; something "
+                         "must be left to make; leave one out, or name other weights")
+    asked = [f"--{c}" for c in given if c not in made]
+    asked += [f"--{name}" for name in ("agree", "tidy") if s.get(name) and len(made) < len(FULL)]
+    if asked:
+        raise ValueError(f"--model {args.model}: makes {', '.join(made)} alone; {', '.join(asked)} asks for another; "
+                         "leave that out, or name other weights")
 
 
 def check_sampling(s):

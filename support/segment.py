@@ -2,7 +2,6 @@
 of a CT."""
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -145,8 +144,7 @@ def by_command(case, tool, task, install, line):
         raise ValueError(f"{tool} is not installed; --segment {name} calls it; {install}, or give the masks and leave "
                          "--segment out")
     with whole_folder(folder, overwrite=True) as part:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("ITK_GLOBAL")}    # align.py's, for ours alone
-        done = subprocess.run([*map(str, line(command, ct, part))], env=env)
+        done = subprocess.run([*map(str, line(command, ct, part))])
         if done.returncode:
             raise RuntimeError(f"{case}: {tool}, task {task}, ended with code {done.returncode}; "
                                "its own words stand above")

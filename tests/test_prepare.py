@@ -1,4 +1,5 @@
 """From a folder of scans, in every layout, to cases that train."""
+import contextlib
 import csv
 import itertools
 import json
@@ -397,7 +398,7 @@ def test_a_scan_that_is_turned_and_stretched_is_laid_on_the_atlas(scans, tmp_pat
             image = nibabel.load(path)
             nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32), to_scan @ image.affine),
                          root / case.name / path.name)
-    monkeypatch.setattr(prepare, "antspy", lambda: None)
+    monkeypatch.setattr(prepare, "antspy", contextlib.nullcontext)
     monkeypatch.setattr(prepare, "onto", lambda atlas, volumes: to_scan)
     atlas = next(scans.iterdir()) / "lobe.nii.gz"
     made = run("folder", root, tmp_path / "a", "--align", "affine", "--atlas", atlas)

@@ -157,7 +157,7 @@ def along_axes(array, step, start, shape, linear, fill):
     output index i lies at start + step i of the array's   shape: of the output, in the array's order of axes"""
     at = [start[k] + step[k] * np.arange(shape[k]) for k in range(3)]
     if not linear:
-        at = [np.floor(np.round(a, 6) + 0.5).astype(int) for a in at]
+        at = [np.floor(np.round(a, 3) + 0.5).astype(int) for a in at]    # halves are halves: a file's affine is float32
         inside = [(a >= 0) & (a < n) for a, n in zip(at, array.shape)]
         out = array[np.ix_(*(a.clip(0, n - 1) for a, n in zip(at, array.shape)))].astype(np.float32)
         out[~(inside[0][:, None, None] & inside[1][:, None] & inside[2])] = fill

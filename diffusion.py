@@ -32,11 +32,10 @@ def loss(denoise, x0, t, eps, present=None):
     """Eq. 5: || denoise(x_t, t) - x_0 ||^2, mean over everything; the network predicts x_0.   -> scalar
     What the denoiser is told makes it eq. 7 and 9 (the text: stage 1) or 8 and 10 (the low-resolution volume: stage 2);
     9 and 10 are 7 and 8 for all four channels jointly, which is what x0 holds here.
-    present: (B,C) bool, or longer: the channels that a case has; the mean is over these. Not in the paper, whose cases
-    have all
+    present: (B,C) bool, the channels that a case has; the mean is over these. Not in the paper, whose cases have all
     """
     error = (denoise(q_sample(x0, t, eps), t) - x0).square()
-    return error.mean() if present is None else error.mean((2, 3, 4))[present[:, :x0.shape[1]]].mean()
+    return error.mean() if present is None else error.mean((2, 3, 4))[present].mean()
 
 
 # --- what a denoiser is told ---

@@ -127,7 +127,7 @@ def low_loss(cfg, net, batch):
     keys, x0, text, *has = batch
     t, u, eps = draw(keys, x0.shape[1:], x0.device, cfg.seed)
     null = (u < cfg.drop) | ~has[0][:, -1] if has else u < cfg.drop
-    return loss(lambda xt, t: net(xt, t, text, null), x0, t, eps, *has)
+    return loss(lambda xt, t: net(xt, t, text, null), x0, t, eps, *(it[:, :-1] for it in has))
 
 
 def low_samples(cfg, net, dataset, device):

@@ -74,7 +74,7 @@ def sr_loss(cfg, net, batch):
     keys, x0, low, *has = batch
     t, u, eps = draw(keys, (2, *x0.shape[1:]), x0.device, cfg.seed)
     low = augment_low(low, cfg.augment * u, eps[:, 1])
-    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, 0], *has)
+    return loss(lambda xt, t: net(torch.cat([low, xt], 1), t), x0, t, eps[:, 0], *(it[:, :-1] for it in has))
 
 
 def sr_samples(cfg, net, dataset, device):

@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
@@ -251,6 +250,7 @@ def optimizer(cfg, net, world):
     """AdamW (sec. 4.6), its state shared out among the processes with --zero."""
     adamw = dict(lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.decay, fused=True)
     if cfg.zero and world > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer      # 1.5 s of importing
         return ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, **adamw)
     return torch.optim.AdamW(net.parameters(), **adamw)
 

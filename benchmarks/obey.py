@@ -59,6 +59,7 @@ class Model:
         (self.low, about), (self.sr, _) = stages["low"], stages.get("sr", (None, None))
         self.s, self.device, self.seed = settings(args, stages), args.device, args.seed
         self.grid, self.step = about["grid"], about["step"]
+        self.sha256 = {kind: about.get("sha256") for kind, (_, about) in stages.items()}
         if tuple(about["channels"]) != CHANNELS:
             raise ValueError(f"--model {args.model}: makes {', '.join(about['channels'])}; all four are measured; name "
                              "other weights")
@@ -249,8 +250,10 @@ def sharpness(ct):
 
 
 @torch.no_grad()
-def detail(model, n):
-    rows, seen, net = {"up-sampled": {}, "stage 2": {}}, {}, feature_net(None)[0]
+def detail(model, n, ways=None):
+    """ways: {name: settings}, how stage 2 is sampled; default the model's own"""
+    ways = ways or {"stage 2": model.s}
+    rows, seen, net = {"up-sampled": {}, **{way: {} for way in ways}}, {}, feature_net(None)[0]
 
     def features(who, x0):                               # of the CT, by a random network
         seen.setdefault(who, []).append(net(x0[:, :1])[0].numpy())
@@ -262,11 +265,13 @@ def detail(model, n):
         features("others", stack(model.phantom(6000 + i)))
         small = x0[..., ::SCALE, ::SCALE, ::SCALE]
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)).to(model.device)
+        made = {"up-sampled": F.interpolate(small, scale_factor=SCALE, mode="trilinear")}
+        low = upsample(small).to(model.device)
         with torch.autocast(torch.device(model.device).type, torch.bfloat16, enabled=model.s["amp"]):
-            low = upsample(small).to(model.device)
-            made = stage("sr", model.s | dict(tidy=False), beside(model.sr, low), noise, None, [], low=low)
-        smooth = F.interpolate(small, scale_factor=SCALE, mode="trilinear")
-        for who, x in zip(rows, (smooth, made.float().cpu())):
+            for way, s in ways.items():
+                x = stage("sr", s | dict(tidy=False), beside(model.sr, low), noise, None, [], low=low)
+                made[way] = x.float().cpu()
+        for who, x in made.items():
             features(who, x)
             got = {c: decode(c, v) for c, v in zip(CHANNELS, x[0].numpy())}
             found = {f"dice {c}": dice(got[c] > 0, case[c] > 0) for c in ("airway", "vessel")}

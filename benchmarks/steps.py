@@ -1,16 +1,18 @@
-"""Quality against network evaluations: DDIM and DPM-Solver++(2M), both stages of a model trained on phantoms, as a
-table and steps.png.
+"""Quality against steps: both stages of a model trained on phantoms, by DDIM and by DPM-Solver++(2M), as tables and
+steps.png.
 
-    python benchmarks/steps.py --model checkpoints/demo
+    python benchmarks/steps.py --model checkpoints/demo          # both stages: half an hour on one core
+    python benchmarks/steps.py --model checkpoints/demo-256      # two hours; it goes on where it was stopped
 
-A sample is a function of its noise; more steps approach one limit. For each solver (at the times of sample.py: evenly
-spaced, but for dpm in stage 2 at their squares) and number of steps: how far the sample is from that limit (DDIM in 250
-steps from the same noise; root mean square over the four channels, and 1 - Dice of lobes and airway), means over
-reports of held-out phantoms. Stage 2 starts from the true low-resolution volume of one phantom, on its lower half, and
-is compared with 100 steps.
+stage 1       requests in sentences never seen (`obey.py --parts text`), at the model's own guidance; and how far the
+              sample is from the one that 100 steps of DDIM make of the same noise: root mean square over the four
+              channels, means over 4 requests
+stage 2       true low-resolution volumes of held-out phantoms (`obey.py --parts detail`), by DPM-Solver++ alone, whose
+              times are the squares of even ones there
 """
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -18,82 +20,79 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import obey
 import phantom
-import text_encoder
-from beyond.solvers import dpm_sample
-from data import CHANNELS, SCALE, decode, encode, upsample
-from diffusion import beside, ddim_sample, guided, times
-from evaluate import dice
-from support.cli import Parser, exits, fast_bfloat16, keep_memory
+from data import CHANNELS, decode
+from evaluate import measure_phantom
+from sample import generate
+from support.cli import Parser, choose_device, exits, keep_memory
 from support.files import write_atomic
 from support.pictures import pyplot, save
-from support.weights import load_stages
-from unet3d import UNet3D
 
 ROOT = Path(__file__).parent.parent
-SOLVERS = {"ddim": ddim_sample, "dpm": dpm_sample}
+SOLVERS = {"stage 1": ("ddim", "dpm"), "stage 2": ("dpm",)}
+STEPS = {"stage 1": (2, 4, 6, 8, 12, 24), "stage 2": (1, 2, 3, 4, 8, 20)}
+LIMIT, COMPARED = 100, 4                 # steps of the limit, requests that are compared with it
+
+
+def way(model, solver, **steps):
+    """The model's settings with a solver and numbers of steps."""
+    s = model.s | dict(solver=solver, **steps)
+    return s | dict(beyond=[*{*s["beyond"], "solver"}])
+
+
+def obeyed(model, requests, s, limits):
+    """Samples of stage 1 by settings `s`, measured.   requests: [(conditions, report)]   limits: [(4,g,g,g)], samples
+    of the first requests at the limit   -> {measure: number}"""
+    rows, away = [], []
+    for i, (request, report) in enumerate(requests):
+        x = generate(model.low, None, model.grid, model.seed + i, s, model.encoder.encode([report])[0])
+        away += [distance(x, limits[i])] if i < len(limits) else []
+        rows.append((request, measure_phantom(*(decode(c, x[CHANNELS.index(c)].numpy()) for c in ("ct", "lobe")))))
+    return obey.compare(rows) | ({"from the limit": float(np.mean(away))} if away else {})
 
 
 def distance(x, limit):
-    """-> RMS over all channels, 1 - Dice of the lungs (any lobe), 1 - Dice of the airway"""
-    masks = [[decode(name, v[0, CHANNELS.index(name)].numpy()) > 0 for v in (x, limit)] for name in ("lobe", "airway")]
-    return [(x - limit).square().mean().sqrt().item(), *(1 - dice(*pair) for pair in masks)]
+    """Root mean square over all channels."""
+    return (x - limit).square().mean().sqrt().item()
 
 
-def curve(run, counts, limit_steps, seeds):
-    """run(seed, steps, solver) -> sample.   -> {solver: [[steps, RMS, lungs, airway], ...]}"""
-    found = {solver: {n: [] for n in counts} for solver in SOLVERS}
-    for seed in tqdm(seeds, leave=False):
-        limit = run(seed, limit_steps, "ddim")
-        for solver, by_count in found.items():
-            for n, rows in by_count.items():
-                rows.append(distance(run(seed, n, solver), limit))
-    return {solver: [[n, *np.mean(rows, 0).tolist()] for n, rows in f.items()] for solver, f in found.items()}
+def measure(model, stage, n, found, keep):
+    """Fills `found`, {"SOLVER STEPS": measures}, with what it lacks, and calls `keep` after each."""
+    ways = {f"{solver} {k}": (solver, k) for k in STEPS[stage] for solver in SOLVERS[stage]}
+    ways = {name: v for name, v in ways.items() if name not in found}
+    if stage == "stage 2" and ways:
+        settings = {name: way(model, solver, sr_steps=k) for name, (solver, k) in ways.items()}
+        found |= obey.detail(model, n, settings)
+        keep()
+    elif ways:
+        requests = [(r, phantom.make(seed, 64, "held-out", **r)["report"])
+                    for seed, r in enumerate(obey.conditions(-(-n // 3)), model.seed)]
+        limit = way(model, "ddim", low_steps=LIMIT)
+        limits = [generate(model.low, None, model.grid, model.seed + i, limit, model.encoder.encode([report])[0])
+                  for i, (_, report) in enumerate(tqdm(requests[:COMPARED], desc="limit", leave=False))]
+        for name, (solver, k) in tqdm(ways.items(), desc=stage, leave=False):
+            found[name] = obeyed(model, requests, way(model, solver, low_steps=k), limits)
+            keep()
 
 
-def noise(seed, *shape):
-    return torch.randn(1, len(CHANNELS), *shape, generator=torch.Generator().manual_seed(seed))
+DRAWN = {"stage 1": ("effusion none, mL", "effusion large, mL"), "stage 2": ("dice airway", "dice vessel")}
 
 
-def measure(args):
-    """-> {stage: curve}, steps of training"""
-    stages = load_stages(args.model, UNet3D)
-    if "sr" not in stages:
-        raise ValueError(f"{args.model}: no stage-2 weights; both stages are measured; name a whole model")
-    (low, about), (sr, _) = stages["low"], stages["sr"]
-    low.eval()
-    sr.eval()
-    grid, encoder = about["grid"], text_encoder.load(Path(args.model) / "text", tokens=low.args["tokens"])
-    cases = {seed: phantom.make(seed, SCALE * grid, "held-out") for seed in range(90_000, 90_000 + args.n)}
-    texts = dict(zip(cases, encoder.encode([case["report"] for case in cases.values()])[0].split(1)))
-
-    def stage_1(seed, steps, solver):
-        denoise = guided(low, texts[seed], args.guidance)
-        return SOLVERS[solver](denoise, noise(seed, grid, grid, grid), times(steps))
-
-    def stage_2(seed, steps, solver):
-        half = np.stack([encode(c, cases[seed][c][:SCALE * grid // 2]) for c in CHANNELS])
-        seen = upsample(torch.from_numpy(half[:, ::SCALE, ::SCALE, ::SCALE].copy())[None])
-        at = times(steps) ** 2 if solver == "dpm" else times(steps)
-        return SOLVERS[solver](beside(sr, seen), noise(seed, *seen.shape[2:]), at)
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16("cpu")):
-        return {"stage 1": curve(stage_1, (5, 8, 10, 15, 20, 30, 50), 250, cases),
-                "stage 2": curve(stage_2, (3, 5, 7, 10, 20), 100, list(cases)[:1])}, about["step"]
-
-
-def draw(path, result):
-    fig, axes = pyplot().subplots(1, len(result), figsize=(9, 3.4))
-    for ax, (stage, solvers) in zip(axes, result.items()):
-        for solver, rows in solvers.items():
-            n, rms, _, airway = zip(*rows)
-            line, = ax.plot(n, rms, "o-", label=f"{solver}, RMS")
-            ax.plot(n, airway, "x:", color=line.get_color(), label=f"{solver}, 1 - Dice of the airway")
-        ax.set(xscale="log", yscale="log", title=stage, xlabel="network evaluations (doubled by guidance)",
-               ylabel="distance from the limit")
-        ax.minorticks_off()
-        ax.set_xticks(n, n)
-        ax.legend(fontsize=7)
+def draw(path, found):
+    fig, axes = pyplot().subplots(len(found), 2, figsize=(9, 3.2 * len(found)), squeeze=False)
+    for row, (model, stages) in zip(axes, found.items()):
+        for ax, (stage, names) in zip(row, DRAWN.items()):
+            rows = stages.get(stage, {}).get("table", {})
+            for solver, style in zip(SOLVERS[stage][::-1], ("o-", "x:")):
+                for name, color in zip(names, ("C0", "C1")):
+                    ns = [n for n in STEPS[stage] if f"{solver} {n}" in rows]
+                    values = [rows[f"{solver} {n}"][name] for n in ns]
+                    ax.plot(ns, values, style, color=color, label=f"{name}, {solver}")
+            ax.set(xscale="log", title=f"{model}, {stage}", xlabel="steps")
+            ax.minorticks_off()
+            ax.set_xticks(STEPS[stage], STEPS[stage])
+            ax.legend(fontsize=6)
     fig.tight_layout()
     save(fig, path)
 
@@ -101,26 +100,35 @@ def draw(path, result):
 def main(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("--model", default=str(ROOT / "checkpoints/demo"))
-    p.add_argument("--n", type=int, default=4, help="reports, each with its own noise")
-    p.add_argument("--guidance", type=float, default=2.0)
+    p.add_argument("--stages", nargs="+", choices=STEPS, default=list(STEPS))
+    p.add_argument("--n", type=int, default=33, help="requests of stage 1")
+    p.add_argument("--n-full", type=int, default=12, help="chests of stage 2")
+    p.add_argument("--guidance", type=float, help="default the model's own, as its sampling.json says")
+    p.add_argument("--guidance-interval", dest="interval", type=float, nargs=2, metavar=("FROM", "TO"))
+    p.add_argument("--seed", type=int, default=90_000, help="of the first held-out phantom")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where steps.json and steps.png appear")
     args = p.parse_args(argv)
     with exits():
-        if args.n < 1:
-            raise ValueError(f"--n {args.n}; at least 1 report is needed; change it")
+        if min(args.n, args.n_full) < 3:
+            raise ValueError(f"--n {args.n}, --n-full {args.n_full}; at least 3 each are needed; raise them")
         keep_memory()
         args.out.mkdir(parents=True, exist_ok=True)
-        result, step = measure(args)
-        for stage, solvers in result.items():
-            print(f"{stage}: distance from the limit\n{'solver':8}{'steps':>6}{'RMS':>9}{'lungs':>9}{'airway':>9}")
-            for solver, rows in solvers.items():
-                for row in rows:
-                    print(f"{solver:8}{row[0]:6d}" + "".join(f"{v:9.4f}" for v in row[1:]))
-        arguments = dict(model=Path(args.model).name, n=args.n, guidance=args.guidance)
-        found = dict(arguments=arguments, low_step=step, result=result)
-        write_atomic(args.out / "steps.json", (json.dumps(found, indent=1) + "\n").encode())
-        draw(args.out / "steps.png", result)
-        print(f"wrote {args.out / 'steps.json'} and steps.png: {args.n} reports, model {args.model}")
+        store, name = args.out / "steps.json", Path(args.model).name
+        found = json.loads(store.read_text()) if store.exists() else {}
+        model = obey.Model(Namespace(**vars(args), device=choose_device(None), text=None, plain=False, amp=None,
+                                     compile=None, slab=0))
+        for stage in args.stages:
+            n = args.n if stage == "stage 1" else args.n_full
+            arguments = dict(n=n, seed=args.seed, guidance=model.s["guidance"], interval=model.s.get("interval"),
+                             weights=model.sha256["low" if stage == "stage 1" else "sr"])
+            mine = found.setdefault(name, {}).get(stage, {})
+            if mine.get("arguments") != arguments:
+                mine = found[name][stage] = dict(arguments=arguments, table={})
+            measure(model, stage, n, mine["table"],
+                    lambda: write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode()))
+            obey.print_columns(f"{name}, {stage}", mine["table"])
+        draw(args.out / "steps.png", found)
+        print(f"wrote {store} and steps.png")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def dress(stage, s, denoise, unguided, known, fixed, low=None):
 def sample(stage, s, fixed, denoise, noise, times, progress=iter):
     """A stage's sample by the solver that is wanted, tidied. DPM-Solver++ takes stage 2's times denser near data, where
     10 are then nearly as near to the limit of many as 20 of DDIM; what a text decides, it decides near noise."""
-    dpm = s.get("solver") == "dpm"
+    dpm = s.get("solver") == "dpm" and stage not in s.get("students", ())
     if dpm and stage == "sr":
         times = times ** 2
     x = (dpm_sample if dpm else ddim_sample)(denoise, noise, times, progress)

@@ -20,6 +20,7 @@ def settings(args, stages):
     s |= {} if args.plain else how_to_sample(stages)
     s |= {k: getattr(args, k) for k in SAMPLING if getattr(args, k, None) is not None}
     check_sampling(s)
+    s["students"] = check_students(args, stages, s)
     s["beyond"] = wanted(s)
     if s["beyond"] and not beyond("sampling"):
         raise ValueError(f"--model {args.model}: asks for {', '.join(s['beyond'])}; beyond/ has these and is not "
@@ -83,6 +84,22 @@ def wanted(s):
     names = [name for name in ("agree", "tidy", "shown") if s.get(name)]
     names += ["solver"] if s.get("solver", "ddim") != "ddim" else []
     return names + (["interval"] if list(s.get("interval", (0, 1))) != [0, 1] else [])
+
+
+def check_students(args, stages, s):
+    """ValueError unless weights of few steps are sampled in these, by DDIM, without guidance.   s: some of SAMPLING
+    -> their stages"""
+    students = {kind: about for kind, (_, about) in stages.items() if "distilled" in about}
+    for kind, about in students.items():
+        n, teacher = len(about["distilled"]["times"]), about["distilled"]["teacher"]
+        asked = ["--plain"] if args.plain else []
+        asked += [f"--{kind}-steps {s[f'{kind}_steps']}"] if s[f"{kind}_steps"] != n else []
+        asked += [f"--guidance {s['guidance']:g}"] if kind == "low" and s["guidance"] != 1 else []
+        asked += ["--solver dpm"] if len(students) == len(stages) and getattr(args, "solver", None) == "dpm" else []
+        if asked:
+            raise ValueError(f"{about['file']}: a student that makes {n} steps of DDIM, guidance in them; "
+                             f"{', '.join(asked)} asks for others; leave that out, or sample its teacher, {teacher}")
+    return list(students)
 
 
 def check_channels(args, s, made):

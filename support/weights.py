@@ -52,6 +52,8 @@ def export(path, cfg, ema, grid, step, trained_on):
     about = dict(kind=cfg.kind, args=ema.args, grid=grid, step=step, source=trained_on["source"],
                  encoder=trained_on["encoder"], channels=trained_on["channels"],
                  provenance=dict(command=command, cases=trained_on["cases"], config=asdict(cfg)))
+    if hasattr(cfg, "distilled"):                                        # a student's times, and its teacher
+        about["distilled"] = cfg.distilled()
     about = json.loads(json.dumps(about))                                # as it will be read: tuples are lists
     about["sha256"] = seal(weights, about)
     write_atomic(path, save(weights, metadata={"medsyn": json.dumps(about)}))

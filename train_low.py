@@ -250,7 +250,7 @@ def optimizer(cfg, net, world):
     """AdamW (sec. 4.6), its state shared out among the processes with --zero."""
     adamw = dict(lr=cfg.lr, betas=(0.9, 0.999), weight_decay=cfg.decay, fused=True)
     if cfg.zero and world > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer      # 1.5 s of importing
+        from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, **adamw)
     return torch.optim.AdamW(net.parameters(), **adamw)
 

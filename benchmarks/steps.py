@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import obey

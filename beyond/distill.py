@@ -1,4 +1,4 @@
-"""A student that samples in few steps, taught by a trained network. Not in the paper, whose future work fewer steps are.
+"""A student that samples in few steps, taught by a trained network. Not in the paper, which leaves few steps to others.
 Progressive distillation, Salimans & Ho 2022 (arXiv 2202.00512): one DDIM step of the student stands for several of its
 teacher; the teacher's guidance is in it (Meng et al. 2023, arXiv 2210.03142), so that a step is one call. The loop is
 train_low.train.
@@ -130,12 +130,12 @@ class Teacher:
 
     def student(self, cfg, dataset):
         if not dataset.whole:
-            raise ValueError(f"{cfg.data}: some cases lack a mask or a report; all are needed here; name another folder")
+            raise ValueError(f"{cfg.data}: some cases lack a mask or a report; all are needed; name another folder")
         args, there, taught = self.net.args, dict(grid=dataset.grid), dict(grid=self.about["grid"])
         if cfg.kind == "low":
             there |= dict(text=tuple(dataset[0][2].shape), encoder=describe(dataset.folders)["encoder"])
             taught |= dict(text=(args["tokens"], args["context_dim"]), encoder=self.about.get("encoder"))
-        if there != taught:
+        if any(None not in (v, taught[k]) and v != taught[k] for k, v in there.items()):     # None: not known
             raise ValueError(f"{cfg.data}: {there}, where --teacher {cfg.teacher} was trained with {taught}; both must "
                              "agree; name its cases, embedded by its text encoder")
         return deepcopy(self.net).requires_grad_(True)

@@ -134,7 +134,8 @@ def test_a_student_is_trained_goes_on_and_is_sampled_as_it_says(chests, model, t
 
 def test_what_cannot_be_taught_is_refused(chests, phantoms, model, tmp_path, fails):
     command = [*TINY, "--data", chests, "--out", tmp_path / "no"]
-    for wrong, words in ((["--teacher", tmp_path], "no such|neither"), (["--teacher", model, "--kind", "hr"], "low and sr"),
+    for wrong, words in ((["--teacher", tmp_path], "no such|neither"),
+                         (["--teacher", model, "--kind", "hr"], "low and sr"),
                          (["--teacher", model, "--calls", 0], "--calls 0"),
                          (["--teacher", model, "--data", phantoms], "(192, 16)")):
         code, err = fails(beyond.distill.main, *command, *wrong)

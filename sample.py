@@ -23,9 +23,9 @@ from diffusion import beside, ddim_sample, guided, held, times
 from support.cli import Parser, check_center, choose_device, exits, keep_memory, release_memory, say
 from support.fast import compile_blocks, place
 from support.files import whole_folder
-from support.nifti import save_like, save_nifti
-from support.outputs import check_free, each_ct, missing, names_of, readable
-from support.pictures import picture
+from support.nifti import saving
+from support.outputs import check_free, check_given, each_ct, missing, names_of, readable
+from support.pictures import picture, pyplot
 from support.reports import texts_asked
 from support.sampling import check_sampling, settings
 from support.slabs import by_slabs
@@ -135,10 +135,7 @@ def sample(args):
     # everything that can be wrong is found before the first step
     args.device, out = choose_device(args.device), Path(args.out)
     paths = {c: getattr(args, c) for c in MASKS if getattr(args, c)}
-    if args.ct and paths:
-        raise ValueError(f"--ct with {', '.join('--' + c for c in paths)}; a given CT is segmented; leave them out")
-    if args.grid and not (args.ct or paths):
-        raise ValueError(f"--grid {args.grid}: of which file? a mask or CT is needed; give one")
+    check_given(args, paths)
     texts, cts = each_ct(args.ct or [], texts_asked(args.prompt, args.report or [], "" if args.ct else "sample"))
     names = names_of(texts, args.samples, args.seed)
     ct_of = {name: cts[i // args.samples] for i, (name, _, _) in enumerate(names)}
@@ -148,7 +145,6 @@ def sample(args):
         return print(f"{out}: nothing is missing")
     check_free(out, names, WRITTEN, args.overwrite)
 
-    # networks, anatomy, texts
     if not args.slab:
         keep_memory()                                    # faster; with --slab memory matters more
     stages = load(args)
@@ -158,7 +154,9 @@ def sample(args):
     for net, _ in stages.values():
         ready(net, s)
     print(f"model {args.model} on {args.device}: {grid}^3" + (f" -> {full}^3" if sr_net else ""))
-    contexts = read_texts(args, [text for _, text, _ in names], *stages["low"])
+    thread = ThreadPoolExecutor(1)                       # reads texts beside masks, saves a sample beside the next
+    contexts = thread.submit(read_texts, args, [text for _, text, _ in names], *stages["low"])
+    saved = thread.submit(pyplot)                        # an import, which is not then waited for
 
     for ct, group in groupby(names, lambda n: ct_of[n[0]]):
         try:
@@ -175,12 +173,12 @@ def sample(args):
             affine = affine * ([SCALE] * 3 + [1])
         fixes = f"fixed: {', '.join(channels[c] for c in fixed)}" if fixed else "nothing fixed"
         for name, text, seed in group:
-            began = time.time()
+            context, began = contexts.result()[text], time.time()
             if low_net.out.weight.is_meta:               # `generate` dropped its weights
                 low_net = load(args)["low"][0]
                 ready(low_net, s)
             try:
-                x = generate(low_net, sr_net, grid, seed, s, contexts[text], known, fixed)
+                x = generate(low_net, sr_net, grid, seed, s, context, known, fixed)
             except FloatingPointError as e:              # the others are made all the same
                 failed.append(e)
                 continue
@@ -188,7 +186,10 @@ def sample(args):
                          ct=ct and str(ct), sampling=s, center_ras_mm=list(center), arguments=vars(args),
                          seconds=round(time.time() - began, 1), torch=torch.__version__,
                          weights={kind: about for kind, (_, about) in stages.items()})
-            write(out / name, x, channels, affine, about, args.overwrite, args.grid and next(iter(paths.values())))
+            saved.result()                               # of the sample before: one at a time
+            saved = thread.submit(write, out / name, x, channels, affine, about, args.overwrite,
+                                  args.grid and next(iter(paths.values())))
+    saved.result()
     if args.ct and stages["low"][1].get("source") == ["phantom"]:
         say(f"warning: {args.model} saw phantoms alone: its masks of a patient's CT are not to be relied on")
     edge, written = full if sr_net else grid, [out / name for name, _, _ in names if (out / name).exists()]
@@ -204,10 +205,9 @@ def write(folder, x, channels, affine, about, overwrite, like=None):
     """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (C,D,H,W) in [-1,1]
     like: a NIfTI on whose grid they are written"""
     with whole_folder(folder, overwrite) as part:
-        save = partial(save_like, like=like) if like else save_nifti
-        for name, channel in zip(channels, x.numpy()):
-            save(part / f"{name}.nii.gz", decode(name, channel), affine)
-        picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"], FOV, channels)
+        volumes = {name: partial(decode, name, v) for name, v in zip(channels, x.numpy())}
+        with saving(part, volumes, affine, like):        # gzip leaves Python to the picture
+            picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"], FOV, channels)
         (part / "sample.json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -11,9 +11,9 @@ One volume's way through G, whose widths are w = 160, 320, 640, 1280; depth D is
                          |____________________________________________________________________________|
 
 Layers from support/fast.py are torch's own, written for speed: SliceConv is Conv3d with kernel (1,k,k), SliceUp its
-transpose, Pointwise Conv3d with (1,1,1), Last the same in float32, Stem Conv3d, side_by_side torch.cat along channels,
-lay_out a cast and copy; norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift), attention is
-scaled dot-product.
+transpose, Pointwise Conv3d with (1,1,1), Last the same in float32, VolumeConv and Stem Conv3d, side_by_side torch.cat
+along channels, lay_out a cast and copy; norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift),
+attention is scaled dot-product.
 """
 import math
 
@@ -27,6 +27,7 @@ from support.fast import (
     SliceConv,
     SliceUp,
     Stem,
+    VolumeConv,
     attention,
     lay_out,
     lay_out_weights,
@@ -47,7 +48,7 @@ class Block(nn.Module):
 
     def __init__(self, cin, cout, time_dim, volume=False):
         super().__init__()
-        conv = nn.Conv3d if volume else SliceConv
+        conv = VolumeConv if volume else SliceConv
         self.time = nn.Linear(time_dim, 2 * cout) if time_dim else None
         self.conv1, self.norm1 = conv(cin, cout, 3, padding=1), nn.GroupNorm(GROUPS, cout)
         self.conv2, self.norm2 = conv(cout, cout, 3, padding=1), nn.GroupNorm(GROUPS, cout)

@@ -1,8 +1,10 @@
 """NIfTI in and out, and volumes from one grid to another. An affine takes an array's index to world mm, RAS+."""
+import contextlib
 import gzip
 import io
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +142,22 @@ def save_nifti(path, array, affine):
     ras = np.ascontiguousarray(array[..., ::-1]).transpose(2, 1, 0)      # (x,y,z), x to the right, in the file's order
     flip = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, len(array) - 1], [0, 0, 0, 1.0]])    # (x,y,z) -> (d,h,w)
     write_nifti(path, ras, affine @ flip)
+
+
+@contextlib.contextmanager
+def saving(folder, volumes, affine, like=None):
+    """Volumes become FOLDER/<name>.nii.gz on several threads, while the block works; at its end all are there.
+    volumes: {name: function that makes its array}   like: a NIfTI on whose grid they are written, one after another,
+    since that takes memory"""
+    def save(name):
+        path, array = folder / f"{name}.nii.gz", volumes[name]()
+        save_like(path, array, affine, like) if like else save_nifti(path, array, affine)
+
+    with ThreadPoolExecutor(1 if like else len(volumes)) as threads:
+        jobs = [threads.submit(save, name) for name in volumes]
+        yield
+    for job in jobs:
+        job.result()                                     # raises what a thread could not do
 
 
 def save_like(path, array, affine, like):

@@ -59,6 +59,14 @@ def readable(names):
     return [n for n in names if not isinstance(n[1], ValueError)], bad
 
 
+def check_given(args, paths):
+    """ValueError for files that cannot be meant together.   paths: {mask: file}"""
+    if args.ct and paths:
+        raise ValueError(f"--ct with {', '.join('--' + c for c in paths)}; a given CT is segmented; leave them out")
+    if args.grid and not (args.ct or paths):
+        raise ValueError(f"--grid {args.grid}: of which file? a mask or CT is needed; give one")
+
+
 def missing(out, names, ct_of):
     """Those samples that are not there yet. ValueError if one that is there was made from something else.
     ct_of: {name: its CT or None}"""

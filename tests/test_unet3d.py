@@ -3,10 +3,11 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import golden
 from data import HU, decode, encode
-from support.fast import Stem, compile_blocks, native_norm, place, recompute, split_norm
+from support.fast import Stem, VolumeConv, compile_blocks, native_norm, place, recompute, split_norm
 from support.released import from_released, rename
 from support.slabs import by_slabs
 from unet3d import Block, Round, UNet3D
@@ -200,6 +201,18 @@ def test_the_stem_over_slices_is_its_convolution():
     assert error(stem.as_2d(x), stem(x)) < 1e-5 and stem.as_2d(x).is_contiguous(memory_format=torch.channels_last_3d)
     grads = [torch.autograd.grad(f(x).square().mean(), stem.parameters()) for f in (stem, stem.as_2d)]
     assert all(error(a, b) < 1e-5 for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_small_volume_is_convolved_as_ever(amp):
+    """(1,16,8,8,8) is one of the sizes at which torch would choose another convolution than oneDNN's."""
+    torch.manual_seed(0)
+    conv, x = VolumeConv(16, 8, 3, padding=1), torch.randn(1, 16, 8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        wanted = F.conv3d(x, conv.weight, conv.bias, padding=1)
+        with torch.no_grad():
+            assert (conv(x) - wanted).abs().max() < 1e-5
+            assert (conv(x.to(memory_format=torch.channels_last_3d)) - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.slow

@@ -145,15 +145,16 @@ def sample(args):
         return print(f"{out}: nothing is missing")
     check_free(out, names, WRITTEN, args.overwrite)
 
-    if not args.slab:
-        keep_memory()                                    # faster; with --slab memory matters more
+    if not args.slab:                                    # faster; with --slab memory matters more
+        keep_memory()
     stages = load(args)
     s, grid, channels = settings(args, stages), *(stages["low"][1][k] for k in ("grid", "channels"))
     full = SCALE * grid
     low_net, sr_net = (stages[kind][0] if kind in stages else None for kind in ("low", "sr"))
     for net, _ in stages.values():
         ready(net, s)
-    print(f"model {args.model} on {args.device}: {grid}^3" + (f" -> {full}^3" if sr_net else ""))
+    print(f"model {args.model} on {args.device} in {'bfloat16' if s['amp'] else 'float32'}: {grid}^3"
+          + (f" -> {full}^3" if sr_net else ""))
     thread = ThreadPoolExecutor(1)                       # reads texts beside masks, saves a sample beside the next
     contexts = thread.submit(read_texts, args, [text for _, text, _ in names], *stages["low"])
     saved = thread.submit(pyplot)                        # an import, which is not then waited for
@@ -243,7 +244,7 @@ def main(argv=None):
     add("--grid", choices=("like", "native"), help="write on the grid of the given mask or CT, not on the model's")
     add = p.add_argument_group("machine").add_argument
     add("--device", help="cuda or cpu; default whichever is there")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default where the device multiplies in it")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default on new GPUs, and on CPUs quicker in it")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the networks' Blocks; default on a GPU")
     add("--slab", type=int, nargs="?", const=16, default=0, metavar="SLICES",
         help="work so many slices at a time (16): less memory, same result (default 0: whole volumes)")
@@ -251,8 +252,6 @@ def main(argv=None):
     with exits():
         check_center(args.center)
         check_sampling(vars(args))
-        if args.slab < 0:
-            raise ValueError(f"--slab {args.slab}; a number of slices is needed; 16 is usual")
         sample(args)
 
 

@@ -246,8 +246,9 @@ def measure(case, forms, width, device, repeats):
 
 def sampling(device, repeats):
     """A whole volume as sample.py makes it, from random weights.   -> {case: (seconds or None, peak MB or None)}
-    of ours with either solver; with one stage at a time on the GPU, as on cards of less than 16 GB, and in slabs (their
-    peaks only); and, "reference", ten times the plain form with a tenth of the paper's 50 + 20 steps"""
+    of ours with either solver, and in the calls of students (beyond/distill.py); with one stage at a time on the GPU,
+    as on cards of less than 16 GB, and in slabs (their peaks only); and, "reference", ten times the plain form with a
+    tenth of the paper's 50 + 20 steps"""
     dim, sr_dim, grid, levels = WHOLE[device]
     torch._dynamo.reset()
     gc.collect()
@@ -255,17 +256,18 @@ def sampling(device, repeats):
     nets = [UNet3D(dim, levels=levels, **STAGES["G"]), UNet3D(sr_dim, levels=levels, **STAGES["H"])]
     plain = [Reference(net).eval() for net in nets]      # on the CPU but at its turn
     context = torch.randn(1, 192, 768, device=device)
-    usual = dict(device=device, amp=fast_bfloat16(device), compile=device == "cuda", slab=0, guidance=2.0)
+    usual = dict(device=device, amp=fast_bfloat16(device), compile=device == "cuda", slab=0)
     for net in nets:
         ready(net, usual)
-    cases = {"sampling_50_20": (50, 20, "ddim"), "sampling_dpm_20_10": (20, 10, "dpm"), "reference": (5, 2, "ddim"),
-             "sampling_one_stage": (50, 20, "ddim"), "sampling_slab": (50, 20, "ddim")}
+    cases = {"sampling_50_20": (50, 20, "ddim", 2), "sampling_dpm_20_10": (20, 10, "dpm", 2),
+             "sampling_student_4_2": (4, 2, "ddim", 1), "reference": (5, 2, "ddim", 2),
+             "sampling_one_stage": (50, 20, "ddim", 2), "sampling_slab": (50, 20, "ddim", 2)}
     peak_only, peaks = ("sampling_one_stage", "sampling_slab"), {}
 
     def run(case, steps=()):
-        low_steps, sr_steps, solver = (*steps, *cases[case][len(steps):])
-        s = usual | dict(low_steps=low_steps, sr_steps=sr_steps, solver=solver, beyond=wanted(dict(solver=solver)),
-                         one_stage=case in peak_only)
+        low_steps, sr_steps, solver, guidance = (*steps, *cases[case][len(steps):])
+        s = usual | dict(low_steps=low_steps, sr_steps=sr_steps, solver=solver, guidance=float(guidance),
+                         beyond=wanted(dict(solver=solver)), one_stage=case in peak_only)
         mine, s = (plain, s | dict(amp=False)) if case == "reference" else (nets, s)
         generate(*mine, grid, 0, s, context)
 
@@ -276,7 +278,7 @@ def sampling(device, repeats):
         peaks[case] = torch.cuda.max_memory_allocated() / 1e6
 
     if device == "cuda":
-        for case in ("sampling_50_20", "sampling_dpm_20_10", "sampling_one_stage"):
+        for case in ("sampling_50_20", "sampling_dpm_20_10", "sampling_student_4_2", "sampling_one_stage"):
             find_peak(case)
         for net in (*nets, *plain):
             net.to(device)

@@ -6,6 +6,7 @@ import torch
 
 from support.checks import FULL
 from support.cli import fast_bfloat16
+from support.fast import quicker_in_bfloat16
 from support.weights import BEYOND, beyond
 
 SAMPLING = dict(low_steps=int, sr_steps=int, guidance=(int, float), interval=list, solver=str, agree=bool, tidy=bool,
@@ -29,8 +30,13 @@ def settings(args, stages):
     cuda = args.device.startswith("cuda")
     small = cuda and torch.cuda.get_device_properties(args.device).total_memory < 16e9
     return s | dict(device=args.device, slab=args.slab, one_stage=args.slab > 0 or small,
-                    amp=fast_bfloat16(args.device) if args.amp is None else args.amp,
+                    amp=number_format(args, list(stages.values())[-1][0]) if args.amp is None else args.amp,
                     compile=cuda if args.compile is None else args.compile)
+
+
+def number_format(args, net):
+    """Whether to sample in bfloat16: where the device multiplies in it, and on a CPU where that is also the quicker."""
+    return fast_bfloat16(args.device) and (args.device != "cpu" or quicker_in_bfloat16(net.downs[0].volume))
 
 
 def how_to_sample(stages):
@@ -127,5 +133,7 @@ def check_sampling(s):
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
         raise ValueError(f"--guidance-interval {' '.join(map(str, interval))}; two times, 0 <= FROM <= TO <= 1, are "
                          "needed; change them")
+    if s.get("slab", 0) < 0:
+        raise ValueError(f"--slab {s['slab']}; a number of slices is needed; 16 is usual")
     if s.get("solver") not in (None, "ddim", "dpm"):
         raise ValueError(f"solver {s['solver']}; ddim or dpm; mend sampling.json or pass --solver")

@@ -63,14 +63,14 @@ def test_sampling_is_timed_with_both_solvers(monkeypatch, capsys):
     called = []
 
     def generate(low, sr, grid, seed, s, *rest):
-        called.append((type(low).__name__, s["low_steps"], s["sr_steps"], s["solver"], s["beyond"]))
+        called.append((type(low).__name__, s["low_steps"], s["sr_steps"], s["solver"], s["guidance"], s["beyond"]))
 
     monkeypatch.setattr(bench, "generate", generate)
     bench.main(["--json", "--repeats", "1", "--device", "cpu", "--only", "sampling"])
-    assert called == [("UNet3D", 50, 20, "ddim", []), ("UNet3D", 20, 10, "dpm", ["solver"]),
-                      ("Reference", 5, 2, "ddim", [])]
+    assert called == [("UNet3D", 50, 20, "ddim", 2, []), ("UNet3D", 20, 10, "dpm", 2, ["solver"]),
+                      ("UNet3D", 4, 2, "ddim", 1, []), ("Reference", 5, 2, "ddim", 2, [])]
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r["case"] for r in rows] == ["sampling_50_20", "sampling_dpm_20_10"]
+    assert [r["case"] for r in rows] == ["sampling_50_20", "sampling_dpm_20_10", "sampling_student_4_2"]
     assert all(r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"]) for r in rows)
 
 
@@ -104,12 +104,25 @@ def test_memory_is_that_of_a_process_of_its_own():
         bench.on_cpu("no such case", "ours", 8)
 
 
-def test_the_distance_from_the_limit_is_nothing_at_the_limit():
-    x, order = torch.rand(1, 4, 4, 4, 4) * 2 - 1, {"ddim": 1, "dpm": 2}
-    assert steps.distance(x, x) == [0, 0, 0]
-    found = steps.curve(lambda seed, n, solver: x + 1 / n ** order[solver], (2, 4), 10**9, [0])
-    assert found["ddim"][0][1] == pytest.approx(0.5, abs=1e-4)
-    assert found["dpm"][1][1] == pytest.approx(1 / 16, abs=1e-4)
+@pytest.mark.slow
+def test_steps_are_measured_for_both_stages_and_not_twice(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(steps, "STEPS", {"stage 1": (2,), "stage 2": (1, 2)})
+    monkeypatch.setattr(steps, "LIMIT", 2)
+    seen = []
+    monkeypatch.setattr(steps, "measure_phantom", lambda ct, lobe: dict.fromkeys(
+        ("effusion", "left", "right", "ctr", "laa"), len(seen)) | dict(n=seen.append(len(ct))))
+    monkeypatch.setattr(obey, "detail", lambda model, n, ways: {
+        way: {"dice airway": s["sr_steps"] / 10, "dice vessel": 0.0} for way, s in ways.items()})
+    command = ["--n", "9", "--n-full", "3", "--out", str(tmp_path)]
+    steps.main(command)
+    found = json.loads((tmp_path / "steps.json").read_text())["demo"]
+    assert set(found["stage 1"]["table"]) == {"ddim 2", "dpm 2"} and seen == [32] * 18
+    assert found["stage 1"]["table"]["ddim 2"]["from the limit"] == 0    # which is DDIM in 2 steps here
+    assert found["stage 2"]["table"]["dpm 2"]["dice airway"] == 0.2 and (tmp_path / "steps.png").is_file()
+    steps.main(command)
+    assert len(seen) == 18                                               # all was there
+    steps.main([*command, "--guidance", "3", "--stages", "stage 1"])
+    assert len(seen) == 36
 
 
 def test_obedience_is_what_the_paper_compares():

@@ -1,6 +1,7 @@
 """Sampling as a user types it: files in, files out, in the right place; wrong input is one line."""
 import json
 import shutil
+import time
 from pathlib import Path
 
 import nibabel
@@ -18,11 +19,12 @@ import train_low
 import train_sr
 from beyond import sampling
 from data import CHANNELS, grid_affine
+from support import fast
 from support.nifti import save_nifti
 from support.options import parse
 from support.sampling import how_to_sample, implied
 from support.weights import describe, export, load_stages
-from unet3d import UNet3D
+from unet3d import Block, UNet3D
 
 QUICK = ["--low-steps", "2", "--sr-steps", "2", "--device", "cpu"]
 CENTER = (5, 6, 7)
@@ -203,8 +205,26 @@ PROCESSORS = [({"avx2": True, "avx512_f": False}, False), ({"avx512_f": True, "a
 @pytest.mark.parametrize("processor, expected", PROCESSORS)
 def test_bfloat16_is_the_default_where_the_processor_multiplies_in_it(model, monkeypatch, processor, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    monkeypatch.setattr("support.sampling.quicker_in_bfloat16", lambda block: True)
     assert how(monkeypatch, model)["amp"] is expected
     assert all(parse(kind.Config, "", ["--device", "cpu"]).amp is expected for kind in (train_low, train_sr))
+
+
+def test_where_it_can_be_either_the_quicker_format_is_taken_and_asked_once(model, monkeypatch):
+    """A Block that waits in one of the formats: a processor of each kind."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    asked, forward = [], Block.forward
+    for slow in (True, False):
+        def waiting(block, x, temb, slow=slow):
+            asked.append(torch.is_autocast_enabled("cpu"))
+            time.sleep(0.02 * (asked[-1] is slow))
+            return forward(block, x, temb)
+        monkeypatch.setattr(fast, "TIMED", {})
+        monkeypatch.setattr(Block, "forward", waiting)
+        assert how(monkeypatch, model)["amp"] is not slow
+        before = len(asked)
+        assert how(monkeypatch, model)["amp"] is not slow and len(asked) == before
+        assert how(monkeypatch, model, "--amp")["amp"] and not how(monkeypatch, model, "--no-amp")["amp"]
 
 
 # --- how it is sampled ---
@@ -331,7 +351,8 @@ def test_the_shipped_weights_are_whole_and_know_their_text_and_how_to_be_sampled
 
     said, was = how_to_sample(stages), [implied(kind, about) for kind, (_, about) in stages.items()]
     assert set(said.pop("shown")) == {kind for i in was for kind in i.pop("shown", [])}
-    assert said == was[0] | was[1] == dict(agree=True, tidy=True)
+    assert was[0] | was[1] == dict(agree=True, tidy=True)
+    assert said == dict(agree=True, tidy=True, solver="dpm", low_steps=8, sr_steps=4, guidance=4, interval=[0.8, 1])
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -9,6 +9,8 @@ stage 1       requests in sentences never seen (`obey.py --parts text`), at the 
               channels, means over 4 requests
 stage 2       true low-resolution volumes of held-out phantoms (`obey.py --parts detail`), by DPM-Solver++ alone, whose
               times are the squares of even ones there
+
+Students (beyond/distill.py) are measured in their own steps.
 """
 import json
 import sys
@@ -58,7 +60,10 @@ def distance(x, limit):
 
 def measure(model, stage, n, found, keep):
     """Fills `found`, {"SOLVER STEPS": measures}, with what it lacks, and calls `keep` after each."""
+    kind = dict(zip(STEPS, ("low", "sr")))[stage]
+    student = kind in model.s["students"]                # it makes its own steps alone
     ways = {f"{solver} {k}": (solver, k) for k in STEPS[stage] for solver in SOLVERS[stage]}
+    ways = {f"ddim {model.s[f'{kind}_steps']}": ("ddim", model.s[f"{kind}_steps"])} if student else ways
     ways = {name: v for name, v in ways.items() if name not in found}
     if stage == "stage 2" and ways:
         settings = {name: way(model, solver, sr_steps=k) for name, (solver, k) in ways.items()}
@@ -68,8 +73,9 @@ def measure(model, stage, n, found, keep):
         requests = [(r, phantom.make(seed, 64, "held-out", **r)["report"])
                     for seed, r in enumerate(obey.conditions(-(-n // 3)), model.seed)]
         limit = way(model, "ddim", low_steps=LIMIT)
+        compared = requests[:0 if student else COMPARED]
         limits = [generate(model.low, None, model.grid, model.seed + i, limit, model.encoder.encode([report])[0])
-                  for i, (_, report) in enumerate(tqdm(requests[:COMPARED], desc="limit", leave=False))]
+                  for i, (_, report) in enumerate(tqdm(compared, desc="limit", leave=False))]
         for name, (solver, k) in tqdm(ways.items(), desc=stage, leave=False):
             found[name] = obeyed(model, requests, way(model, solver, low_steps=k), limits)
             keep()
@@ -126,7 +132,7 @@ def main(argv=None):
             measure(model, stage, n, mine["table"],
                     lambda: write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode()))
             obey.print_columns(f"{name}, {stage}", mine["table"])
-        draw(args.out / "steps.png", found)
+        draw(args.out / "steps.png", {name: stages for name, stages in found.items() if len(stages) == 2})
         print(f"wrote {store} and steps.png")
 
 

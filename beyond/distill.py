@@ -57,7 +57,8 @@ class Config(train_low.Common):
 
     def sampling(self):
         """The student's sampling.json: the teacher's, in its own steps."""
-        others = {k: v for k, v in self.asked.items() if k not in ("solver", "interval", "low_steps", "sr_steps")}
+        others = {k: v for k, v in self.asked.items() if k in ("agree", "tidy")}
+        others |= dict(shown=[self.kind]) if self.kind in self.asked.get("shown", ()) else {}
         return others | {f"{self.kind}_steps": self.calls} | (dict(guidance=1.0) if self.kind == "low" else {})
 
     def distilled(self):

@@ -146,14 +146,14 @@ def save_nifti(path, array, affine):
 
 @contextlib.contextmanager
 def saving(folder, volumes, affine, like=None):
-    """Volumes become FOLDER/<name>.nii.gz on several threads, while the block works; at its end all are there.
+    """Volumes become FOLDER/<name>.nii.gz on two threads, while the block works; at its end all are there.
     volumes: {name: function that makes its array}   like: a NIfTI on whose grid they are written, one after another,
     since that takes memory"""
     def save(name):
         path, array = folder / f"{name}.nii.gz", volumes[name]()
         save_like(path, array, affine, like) if like else save_nifti(path, array, affine)
 
-    with ThreadPoolExecutor(1 if like else len(volumes)) as threads:
+    with ThreadPoolExecutor(1 if like else 2) as threads:
         jobs = [threads.submit(save, name) for name in volumes]
         yield
     for job in jobs:

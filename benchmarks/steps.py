@@ -132,8 +132,9 @@ def main(argv=None):
             measure(model, stage, n, mine["table"],
                     lambda: write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode()))
             obey.print_columns(f"{name}, {stage}", mine["table"])
-        draw(args.out / "steps.png", {name: stages for name, stages in found.items() if len(stages) == 2})
-        print(f"wrote {store} and steps.png")
+        if whole := {name: stages for name, stages in found.items() if len(stages) == 2}:
+            draw(args.out / "steps.png", whole)
+        print(f"wrote {store}" + (" and steps.png" if whole else ""))
 
 
 if __name__ == "__main__":

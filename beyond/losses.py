@@ -6,7 +6,8 @@ from data import CHANNELS, SCALE, encode
 from diffusion import alpha_bar, q_sample
 from support.seeds import mixed
 
-WINDOWS = (-1024, -780), (-160, 600)     # HU: air and lung; fluid, muscle, and bone, which else fades into them
+# HU: air and lung; fluid and muscle; the same and bone, which else fades into them
+WINDOWS = (-1024, -780), (-160, 240), (-160, 600)
 EMPTY = -930                             # HU below which a lung is no lung any more; the paper's measure is -950
 PLACES = 3                               # along each axis, at which `misplace` is told how far
 

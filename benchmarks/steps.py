@@ -85,10 +85,13 @@ DRAWN = {"stage 1": ("effusion none, mL", "effusion large, mL"), "stage 2": ("di
 
 
 def draw(path, found):
-    fig, axes = pyplot().subplots(len(found), 2, figsize=(9, 3.2 * len(found)), squeeze=False)
+    fig, axes = pyplot().subplots(max(1, len(found)), 2, figsize=(9, 3.2 * max(1, len(found))), squeeze=False)
     for row, (model, stages) in zip(axes, found.items()):
         for ax, (stage, names) in zip(row, DRAWN.items()):
             rows = stages.get(stage, {}).get("table", {})
+            if not rows:
+                ax.set_axis_off()
+                continue
             for solver, style in zip(SOLVERS[stage][::-1], ("o-", "x:")):
                 for name, color in zip(names, ("C0", "C1")):
                     ns = [n for n in STEPS[stage] if f"{solver} {n}" in rows]
@@ -132,9 +135,9 @@ def main(argv=None):
             measure(model, stage, n, mine["table"],
                     lambda: write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode()))
             obey.print_columns(f"{name}, {stage}", mine["table"])
-        if whole := {name: stages for name, stages in found.items() if len(stages) == 2}:
-            draw(args.out / "steps.png", whole)
-        print(f"wrote {store}" + (" and steps.png" if whole else ""))
+        teachers = {name: stages for name, stages in found.items() if max(len(v["table"]) for v in stages.values()) > 1}
+        draw(args.out / "steps.png", teachers)
+        print(f"wrote {store} and steps.png")
 
 
 if __name__ == "__main__":

@@ -42,12 +42,15 @@ class Config(train_low.Common):
     crop: str = arg("", "stage 2: D,H,W of the training crops; default the teacher's")
     augment: float = arg(0.1, "stage 2: most noise on the low-resolution input", 0, 1)
     presets: ClassVar = {"paper": {}, "demo": DEMO}
-    # the teacher's, set by `Teacher`
-    init: ClassVar = ""
+    # no options here: the teacher's, which `Teacher` sets
     channels: ClassVar = ""
     dim: ClassVar = 0
     levels: ClassVar = 0
+    patch: ClassVar = 1
+    asked: ClassVar = {}
+    # nor these, which a copy of the teacher does not need
     heads: ClassVar = 0
+    init: ClassVar = ""
 
     def rate(self, step):
         return self.lr * (1 - step / self.steps)

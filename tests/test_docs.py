@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from collections import Counter
 from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 from unittest import mock
 from urllib.parse import unquote
@@ -106,14 +107,14 @@ def commands(text):
         else:
             joined.append((n, line))
     for n, line, whole in [*((n, line, True) for n, line in joined), *((n, s, False) for n, s in spans(text))]:
-        first = re.sub(r"^(\w+=\S+ )*", "", line).split(" ")[0]
+        first = re.sub(r"^(\w+=\S* )*", "", line).split(" ")[0]
         mention = not whole and " " in line and (first.endswith(".py") or first.startswith("beyond."))
         if first not in RUNS and not mention or line in RUNS[:-2] or "$" in line:
             continue
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         try:
-            words = [w for w in lexer if not re.fullmatch(r"\w+=\S+", w)]
+            words = list(dropwhile(re.compile(r"\w+=").match, lexer))    # NAME=value before a command
         except ValueError as e:
             words = ["python", str(e), line]                             # no program has this name
         if {"|", "&", "&&", "||", ">", ">>", "<", "("} & set(words):
@@ -123,7 +124,8 @@ def commands(text):
             one, words = words[:end], words[end + 1:]
             if mention:
                 one = ["python", *(["-m"] if first.startswith("beyond.") else []), *one]
-            yield n, one, whole
+            if one and one[0] in RUNS:
+                yield n, one, whole
 
 
 def failing_commands(page, text, config):
@@ -353,8 +355,8 @@ def contents(text):
 
 def nothing_found_by(check, *args):
     """Asserts that a check finds nothing on any page, or says all that it finds, with page and line."""
-    wrong = [f"{p.relative_to(ROOT)}:{n}: {what}" for p in PAGES for n, what in check(p, p.read_text(), *args)]
-    assert not wrong, "\n" + "\n".join(wrong)
+    lines = [f"{p.relative_to(ROOT)}:{n}: {what}" for p in PAGES for n, what in check(p, p.read_text(), *args)]
+    assert not lines, "\n" + "\n".join(lines)
 
 
 def test_links_and_anchors_resolve():
@@ -394,7 +396,7 @@ WRONG = """# Made up
 
     python sample.py --report r.txt --low-step 3
     python phantom.py --n many --out x
-    python phantom.py --n N --out FOLDER            # fine
+    OMP_NUM_THREADS=1 python phantom.py --n N --out FOLDER; ls            # fine
     python data.py prepare --ct ct.nii.gz
     python train_low.py --device cpu --preset huge
     torchrun --nproc_per_node=4 train_sr.py --patch 2

@@ -13,9 +13,7 @@ full          the same in other sentences, measured on stage 2's volume
 anatomy       airway, vessels, lobes fixed, alone and together (sec. 4.4): is the structure in the CT, by thresholds,
               where the mask says?
 segmentation  the CT fixed (table 5): Dice of the masks that come out, with and without the report
-detail        stage 2 on true low-resolution volumes: overlap with the truth, and FID from as many other phantoms,
-              beside those of plain up-sampling; the FID of the phantoms themselves is the floor that so few volumes
-              have
+detail        is stage 2 sharp, given true low-resolution volumes (detail.py)
 copy          can the networks copy what they see at little noise, and are stage 1's samples sharp (copying.py)
 memory        distance from samples to their nearest training phantom, beside that from held-out phantoms
 """
@@ -35,10 +33,10 @@ import phantom
 import text_encoder
 from beyond.nets import TextPool
 from copying import copy, stack
-from data import CHANNELS, FOV, MASKS, SCALE, cases, decode, encode, upsample
-from diffusion import beside
-from evaluate import UNITS, dice, feature_net, frechet, measure_phantom
-from sample import generate, ready, settings, stage
+from data import CHANNELS, FOV, MASKS, SCALE, cases, decode, encode
+from detail import detail
+from evaluate import UNITS, dice, measure_phantom
+from sample import generate, ready, settings
 from support.checks import array_of
 from support.cli import Parser, choose_device, exits, keep_memory
 from support.files import write_atomic
@@ -244,48 +242,6 @@ def segmentation(model, n):
     return table
 
 
-def sharpness(ct):
-    """Mean length of the CT's gradient, HU a voxel."""
-    return float(np.sqrt(sum(np.square(g) for g in np.gradient(ct.astype(np.float32)))).mean())
-
-
-@torch.no_grad()
-def detail(model, n, ways=None):
-    """ways: {name: settings}, how stage 2 is sampled; default the model's own"""
-    ways = ways or {"stage 2": model.s}
-    rows, seen, net = {"up-sampled": {}, **{way: {} for way in ways}}, {}, feature_net(None)[0]
-
-    def features(who, x0):                               # of the CT, by a random network
-        seen.setdefault(who, []).append(net(x0[:, :1])[0].numpy())
-
-    for i in tqdm(range(n), desc="detail", leave=False):
-        case = model.phantom(3000 + i)
-        x0, true = stack(case), case["ct"].clip(-1024, 600)
-        features("phantoms", x0)
-        features("others", stack(model.phantom(6000 + i)))
-        small = x0[..., ::SCALE, ::SCALE, ::SCALE]
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i)).to(model.device)
-        made = {"up-sampled": F.interpolate(small, scale_factor=SCALE, mode="trilinear")}
-        low = upsample(small).to(model.device)
-        with torch.autocast(torch.device(model.device).type, torch.bfloat16, enabled=model.s["amp"]):
-            for way, s in ways.items():
-                x = stage("sr", s | dict(tidy=False), beside(model.sr, low), noise, None, [], low=low)
-                made[way] = x.float().cpu()
-        for who, x in made.items():
-            features(who, x)
-            got = {c: decode(c, v) for c, v in zip(CHANNELS, x[0].numpy())}
-            found = {f"dice {c}": dice(got[c] > 0, case[c] > 0) for c in ("airway", "vessel")}
-            found["CT error, HU"] = float(np.abs(got["ct"].astype(np.float32) - true).mean())
-            found["sharpness of the CT / true"] = sharpness(got["ct"]) / sharpness(true)
-            for name, v in found.items():
-                rows[who].setdefault(name, []).append(v)
-    table = means({**rows, "phantoms": {}})
-    for who, row in table.items():
-        row["FID, random features"] = frechet(np.stack(seen[who]), np.stack(seen["others"]))
-    print_columns("detail", table)
-    return table
-
-
 # --- nothing memorised ---
 
 def nearest(x, training):
@@ -355,8 +311,11 @@ def run(args):
             table = reading(model, 300)
         elif part == "memory":
             table = memory(model, args.n, training)
+        elif part == "detail":
+            table = detail(model, args.n_full)
+            print_columns("detail", table)
         else:
-            table = {"anatomy": anatomy, "segmentation": segmentation, "detail": detail}[part](model, args.n_full)
+            table = {"anatomy": anatomy, "segmentation": segmentation}[part](model, args.n_full)
         arguments = {k: v for k, v in vars(args).items() if k != "out"}
         found[part] = dict(table=table, step=model.step, arguments=arguments, sampling=model.s)
         write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode())

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from tqdm import tqdm
 
+import detail
 import obey
 import phantom
 from data import CHANNELS, decode
@@ -58,8 +59,9 @@ def distance(x, limit):
     return (x - limit).square().mean().sqrt().item()
 
 
-def measure(model, stage, n, found, keep):
-    """Fills `found`, {"SOLVER STEPS": measures}, with what it lacks, and calls `keep` after each."""
+def measure(model, stage, n, found, keep, part):
+    """Fills `found`, {"SOLVER STEPS": measures}, with what it lacks, and calls `keep` after each.   part: file for
+    `detail.detail`"""
     kind = dict(zip(STEPS, ("low", "sr")))[stage]
     student = kind in model.s["students"]                # it makes its own steps alone
     ways = {f"{solver} {k}": (solver, k) for k in STEPS[stage] for solver in SOLVERS[stage]}
@@ -67,8 +69,9 @@ def measure(model, stage, n, found, keep):
     ways = {name: v for name, v in ways.items() if name not in found}
     if stage == "stage 2" and ways:
         settings = {name: way(model, solver, sr_steps=k) for name, (solver, k) in ways.items()}
-        found |= obey.detail(model, n, settings)
+        found |= detail.detail(model, n, settings, part)
         keep()
+        part.unlink(missing_ok=True)
     elif ways:
         requests = [(r, phantom.make(seed, 64, "held-out", **r)["report"])
                     for seed, r in enumerate(obey.conditions(-(-n // 3)), model.seed)]
@@ -133,7 +136,8 @@ def main(argv=None):
             if mine.get("arguments") != arguments:
                 mine = found[name][stage] = dict(arguments=arguments, table={})
             measure(model, stage, n, mine["table"],
-                    lambda: write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode()))
+                    lambda: write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode()),
+                    args.out / f"steps-{name}.part")
             obey.print_columns(f"{name}, {stage}", mine["table"])
         teachers = {name: stages for name, stages in found.items() if max(len(v["table"]) for v in stages.values()) > 1}
         draw(args.out / "steps.png", teachers)

@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench
+import detail
 import growth
 import obey
+import phantom
 import steps
+from data import CHANNELS
 from reference import Reference
 from unet3d import UNet3D
 
@@ -111,7 +115,7 @@ def test_steps_are_measured_for_both_stages_and_not_twice(monkeypatch, tmp_path,
     seen = []
     monkeypatch.setattr(steps, "measure_phantom", lambda ct, lobe: dict.fromkeys(
         ("effusion", "left", "right", "ctr", "laa"), len(seen)) | dict(n=seen.append(len(ct))))
-    monkeypatch.setattr(obey, "detail", lambda model, n, ways: {
+    monkeypatch.setattr(detail, "detail", lambda model, n, ways, part: {
         way: {"dice airway": s["sr_steps"] / 10, "dice vessel": 0.0} for way, s in ways.items()})
     command = ["--n", "3", "--n-full", "3", "--out", str(tmp_path)]
     steps.main(command)
@@ -154,3 +158,32 @@ def test_a_copy_has_no_distance():
     training = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
     assert obey.nearest(training[3:5], training) == pytest.approx([0, 0], abs=1e-3)
     assert (obey.nearest(training[:2] + 1, training) > 0.5).all()
+
+
+def test_the_truth_is_sharp_and_what_is_smoothed_is_not():
+    case = phantom.make(3, 64)
+    true = {c: case[c] for c in CHANNELS}
+    same = detail.compared(true | dict(ct=case["ct"].clip(-1024, 600)), case)
+    assert {k: v for k, v in same.items() if "error" in k or "body" in k or "at edges" == k} == {
+        "CT error, HU": 0, "in the body": 0, "at edges": 0}
+    assert all(same[k] == 1 for k in same if "dice" in k or "sharpness" in k)
+
+    smooth = detail.compared(true | dict(ct=gaussian_filter(case["ct"].clip(-1024, 600).astype(np.float32), 1)), case)
+    assert smooth["at edges"] > 1.5 * smooth["in the body"] and smooth["in the body"] > smooth["CT error, HU"] > 0
+    assert smooth["sharpness at edges"] < smooth["sharpness of the CT / true"] < 0.9 and smooth["dice bones"] < 0.95
+
+
+def test_a_stopped_measurement_of_detail_goes_on(monkeypatch, tmp_path):
+    class Model:
+        s, sha256, seed = {}, {"sr": "x"}, 0
+
+    made = []
+    monkeypatch.setattr(detail, "feature_net", lambda weights: (None, None))
+    monkeypatch.setattr(detail, "chest", lambda model, i, ways, net: made.append(i) or (
+        {way: {"dice airway": float(i)} for way in ways}, {who: [i, 1.0] for who in (*ways, "phantoms", "others")}))
+    part = tmp_path / "part"
+    assert detail.detail(Model, 2, {"a": {}}, part)["a"]["dice airway"] == 0.5 and made == [0, 1]
+    table = detail.detail(Model, 3, {"a": {}}, part)
+    assert table["a"] == {"dice airway": 1.0, "FID, random features": pytest.approx(0, abs=1e-6)} and made == [0, 1, 2]
+    detail.detail(Model, 2, {"b": {}}, part)                             # another way of sampling is measured anew
+    assert made == [0, 1, 2, 0, 1]

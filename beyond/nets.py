@@ -100,7 +100,7 @@ class Extended(UNet3D):
         xt = lay_out(to_depth(xt, self.patch))                           # (B,8C,D/2,H/2,W/2)
         stem = self.stem(self.squeeze(xt))
         x = self.join(self.body(stem, temb, context), stem, xt)
-        del stem
+        del stem, xt
         x = self.head(x, temb)
         x = self.out(x)                                                  # one name: what it stood for is freed
         return to_space(x, self.patch)

@@ -129,7 +129,7 @@ def look_5():
     """Guidance that fades: one noise, constant and fading."""
     fading = importlib.import_module("05_fading").fading
     net, context = network(), words("Large left pleural effusion.")
-    made = [("guidance 8", sample(guided(net, context, 8), 8)), ("8, fading", sample(fading(net, context, 8), 8)),
+    made = [("8, fading", sample(fading(net, context, 8), 8)), ("guidance 8", sample(guided(net, context, 8), 8)),
             ("guidance 1", sample(guided(net, context, 1), 8))]
     for name, x in made:
         tell(name, x)

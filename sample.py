@@ -1,6 +1,5 @@
 """A report and, if wanted, lobe, airway or vessel masks become a chest CT with matching masks; a CT becomes its masks.
-Paper sec. 4.2 to 4.4: G makes the low-resolution volume from text, H makes the full one from that, by DDIM; given
-structures are held fixed in both.
+Paper sec. 4.2 to 4.4: G makes the low-resolution volume from text, H the full one from that, given structures fixed.
 
     python sample.py --report examples/report.txt --airway examples/airway.nii.gz
     python sample.py --prompt "Large left pleural effusion." --samples 4
@@ -33,7 +32,7 @@ from support.weights import beyond, check_pair, load_stages
 from unet3d import Block, UNet3D
 
 DEMO = os.path.relpath(Path(__file__).parent / "checkpoints/demo-256")
-WRITTEN = (*(f"{c}.nii.gz" for c in CHANNELS), "preview.png", "sample.json")
+WRITTEN = (*(f"{c}.nii.gz" for c in CHANNELS), "preview.png", "sample.json", "view.html")
 
 
 # --- one sample ---
@@ -110,25 +109,23 @@ def anatomy(paths, channels, grid, center, as_is):
     for name, array in arrays.items():
         known[0, channels.index(name)] = torch.from_numpy(encode(name, array))
         if name in MASKS:
-            low = array[::SCALE, ::SCALE, ::SCALE]
-            print(f"{paths[name]}: {int((array > 0).sum())} voxels on the {grid}^3 grid, {int((low > 0).sum())} on "
-                  f"{grid // SCALE}^3")
+            print(f"{paths[name]}: {int((array > 0).sum())} voxels on the {grid}^3 grid, "
+                  f"{int((array[::SCALE, ::SCALE, ::SCALE] > 0).sum())} on {grid // SCALE}^3")
     return known, [channels.index(name) for name in arrays], center
 
 
 def read_texts(args, texts, low_net, about):
     """-> {text: context (1,N,width) or None}"""
-    contexts = {None: None}
-    if any(texts):
-        import text_encoder
-        own = Path(args.model) / "text"
-        source = args.text or (own if own.is_dir() else text_encoder.CXR_BERT)
-        encoder = text_encoder.load(source, tokens=low_net.args["tokens"], known=about.get("encoder"))
-        if encoder.width != low_net.args["context_dim"]:
-            raise ValueError(f"text model {source}: {encoder.width} wide, the weights were trained with "
-                             f"{low_net.args['context_dim']}; text and weights belong together; pass --text FOLDER")
-        contexts |= {text: encoder.encode([text])[0].to(args.device) for text in texts if text}
-    return contexts
+    if not any(texts):
+        return {None: None}
+    import text_encoder
+    own = Path(args.model) / "text"
+    source = args.text or (own if own.is_dir() else text_encoder.CXR_BERT)
+    encoder = text_encoder.load(source, tokens=low_net.args["tokens"], known=about.get("encoder"))
+    if encoder.width != low_net.args["context_dim"]:
+        raise ValueError(f"text model {source}: {encoder.width} wide, the weights were trained with "
+                         f"{low_net.args['context_dim']}; text and weights belong together; pass --text FOLDER")
+    return {None: None} | {text: encoder.encode([text])[0].to(args.device) for text in texts if text}
 
 
 def sample(args):
@@ -196,20 +193,23 @@ def sample(args):
     edge, written = full if sr_net else grid, [out / name for name, _, _ in names if (out / name).exists()]
     voxel = " x ".join(f"{f / edge:.3f}" for f in FOV[::-1])
     print(f"wrote {len(written)} sample(s) of {edge}^3 voxels, {voxel} mm (x,y,z), to "
-          f"{', '.join(map(str, written[:3])) or 'nowhere'}{' ...' if len(written) > 3 else ''}")
+          f"{', '.join(map(str, written[:3])) or 'nowhere'}{' ...' if len(written) > 3 else ''}"
+          f"{f'; look: python view.py {written[0]}' if written else ''}")
     if failed:
         raise RuntimeError(f"{len(failed)} sample(s) not made: {'; '.join(map(str, dict.fromkeys(failed)))}; --resume "
                            "makes these alone")
 
 
 def write(folder, x, channels, affine, about, overwrite, like=None):
-    """Channels -> NIfTI, preview and sample.json in one folder that appears whole.   x: (C,D,H,W) in [-1,1]
-    like: a NIfTI on whose grid they are written"""
+    """x, (C,D,H,W) in [-1,1] -> a folder that appears whole: NIfTI (on the grid of `like`), preview, sample.json."""
     with whole_folder(folder, overwrite) as part:
         volumes = {name: partial(decode, name, v) for name, v in zip(channels, x.numpy())}
         with saving(part, volumes, affine, like):        # gzip leaves Python to the picture
             picture(part / "preview.png", [x.numpy()], [folder.name], about["caption"], FOV, channels)
         (part / "sample.json").write_text(json.dumps(about, indent=1) + "\n")
+        if about["arguments"]["view"]:
+            import view
+            view.write(part / "view.html", [part], [folder.name])
 
 
 def main(argv=None):
@@ -239,6 +239,7 @@ def main(argv=None):
     add("--text", help="text encoder: folder or hub name (default MODEL/text, else CXR-BERT)")
     add = p.add_argument_group("output").add_argument
     add("--out", default="out", help="samples appear in OUT/<name>/ (default out)")
+    add("--view", action="store_true", help="write view.html too, to look at in a browser")
     add("--overwrite", action="store_true", help="replace samples of the same name")
     add("--resume", action="store_true", help="make those that are missing")
     add("--grid", choices=("like", "native"), help="write on the grid of the given mask or CT, not on the model's")

@@ -219,7 +219,8 @@ def score(key, paths):
             print(f"  {name:24} {hits / len(known):.3f} [{low:.3f}, {high:.3f}]{words}")
             note(name, "all", f"accuracy {column}", hits / len(known))
         kappa = agreement(sheets, column, answers)
-        print(f"  agreement, Fleiss' kappa {kappa:.3f}")
+        words = f"{kappa:.3f}" if np.isfinite(kappa) else "none, of one reader or one answer alone"
+        print(f"  agreement, Fleiss' kappa {words}")
         note("all", "all", f"kappa {column}", kappa)
 
     print(f"{'feasibility, 1 to 5':24}{'real':>14}{'synthetic':>14}   Wilcoxon rank sum, two-sided")

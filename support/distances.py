@@ -78,9 +78,9 @@ def blur(x):
 
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004) of volumes in [-1,1], in its two factors, means over the volume.
-    x, y: (1,1,D,H,W)   -> luminance x contrast-structure, contrast-structure"""
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2              # of the range 2
+    """Structural similarity (Wang et al. 2004), as means over the volume.   x, y: (1,1,D,H,W) in [0,1]: the luminance
+    of values below 0 would be negative   -> luminance x contrast-structure, contrast-structure"""
+    c1, c2 = 0.01**2, 0.03**2                              # of the range 1
     mx, my, xx, yy, xy = blur(torch.cat([x, y, x * x, y * y, x * y])).split(1)
     contrast = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
     luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
@@ -91,6 +91,7 @@ def ms_ssim(x, y):
     """Multi-scale SSIM (Wang et al. 2003) in 3D: 1 for the same volume. The product over scales of contrast-structure,
     with luminance on the coarsest alone, to the scales' weights; of a small cube these are as many as fit, weighted to
     a sum of 1; a mean below 0 counts as 0.   x, y: (1,1,D,H,W) in [-1,1]"""
+    x, y = (x + 1) / 2, (y + 1) / 2
     n, value = scales_of(min(x.shape[2:])), 1.0
     for i in range(n):
         both, contrast = ssim(x, y)

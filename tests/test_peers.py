@@ -60,18 +60,18 @@ def noise(seed, edge=48):
 
 
 def test_ssim_is_what_its_formula_gives_by_hand():
-    x, y = noise(0, 11), noise(1, 11)                      # one window
+    x, y = ((noise(seed, 11) + 1) / 2 for seed in (0, 1))  # one window
     g = np.exp(-np.arange(-5, 6) ** 2 / 4.5)
     w = np.einsum("i,j,k->ijk", g, g, g) / g.sum() ** 3
     a, b = x[0, 0].double().numpy(), y[0, 0].double().numpy()
     ma, mb = (w * a).sum(), (w * b).sum()
     va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
-    contrast = (2 * cov + 0.0036) / (va + vb + 0.0036)
-    luminance = (2 * ma * mb + 0.0004) / (ma**2 + mb**2 + 0.0004)
+    contrast = (2 * cov + 0.0009) / (va + vb + 0.0009)
+    luminance = (2 * ma * mb + 0.0001) / (ma**2 + mb**2 + 0.0001)
     assert ssim(x, y) == pytest.approx((luminance * contrast, contrast), rel=1e-4)
 
-    flat = [torch.full((1, 1, 24, 24, 24), v) for v in (0.5, 0.25)]      # two scales: 1^w1 luminance^w2
-    luminance = (2 * 0.125 + 0.0004) / (0.25 + 0.0625 + 0.0004)
+    flat = [torch.full((1, 1, 24, 24, 24), v) for v in (0.0, -0.5)]      # grey 1/2, 1/4; two scales: 1^w1 luminance^w2
+    luminance = (2 * 0.125 + 0.0001) / (0.25 + 0.0625 + 0.0001)
     assert scales_of(24) == 2 and ms_ssim(*flat) == pytest.approx(luminance ** (0.2856 / 0.3304), rel=1e-3)
 
 
@@ -80,6 +80,7 @@ def test_ms_ssim_is_one_of_the_same_falls_with_noise_and_is_near_none_of_strange
     values = [ms_ssim(x, (x + level * noise(1)).clamp(-1, 1)) for level in (0, 0.1, 0.3, 0.9)]
     assert values[0] == pytest.approx(1, abs=1e-6) and values == sorted(values, reverse=True) and values[3] < 0.8
     assert ms_ssim(noise(2), noise(3)) < 0.05
+    assert ms_ssim(x / 4 - 0.2, x / 4 + 0.2) > 0.8         # dark and bright, on both sides of 0: the same structure
     assert [scales_of(n) for n in (10, 11, 44, 128, 176, 256)] == [0, 1, 3, 4, 5, 5]
 
 

@@ -19,8 +19,8 @@ BUDGETS = {"text_encoder": 340, "diffusion": 120, "unet3d": 260, "train_low": 30
 # What each file of the method may import of the project, besides support/.
 METHOD = {"diffusion": set(), "unet3d": set(), "data": set(), "text_encoder": {"data"},
           "train_low": {"data", "diffusion", "unet3d"}, "train_sr": {"train_low", "data", "diffusion", "unet3d"},
-          "sample": {"data", "diffusion", "unet3d", "text_encoder"}}
-OURS = {*METHOD, "support", "beyond", "phantom", "prepare", "evaluate"}
+          "sample": {"data", "diffusion", "unet3d", "text_encoder", "view"}}
+OURS = {*METHOD, "support", "beyond", "phantom", "prepare", "evaluate", "lesson", "view", "page"}
 
 
 def imports(path):

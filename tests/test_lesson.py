@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lesson
-from support.counting import Attentive, by_level, code, count, usual
+from support.lecture import Attentive, by_level, code, count, usual
 from unet3d import UNet3D
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from diffusion import alpha_bar, beside, ddim_sample, ddim_step, guided, held, l
 from evaluate import dice, measure_phantom
 from sample import stage
 from support.cli import Parser, exits, keep_memory
-from support.lecture import bars, count, render, show, spectrum, usual
 from support.files import write_atomic
+from support.lecture import bars, count, render, show, spectrum, usual
 from support.sampling import settings
 from support.weights import beyond, load_stages
 from train_sr import augment_low

@@ -215,7 +215,7 @@ def write(folder, x, channels, affine, about, overwrite, like=None):
 def main(argv=None):
     p = Parser(description=__doc__)
     add = p.add_argument_group("what to make").add_argument
-    add("--report", action="append", metavar="FILE", help="a report, or a folder of them; repeatable")
+    add("--report", action="append", metavar="FILE", help="a report, a folder, a table (.csv, .jsonl); repeatable")
     add("--prompt", help="a text on the command line instead")
     add("--samples", type=int, default=1, help="how many of each report; seeds count up (default 1)")
     add("--seed", type=int, default=0, help="decides all noise (default 0)")

@@ -9,7 +9,7 @@ from support.nifti import NAME
 
 def each_ct(asked, texts):
     """The CTs of --ct, files, folders of them or of cases, each with every text.   asked: list of paths
-    texts: list of (name, text)   -> list of (name, text), list of the CT of each or None"""
+    texts: list of (name, text, seed)   -> the same for each CT, list of the CT of each or None"""
     files = []
     if "" in asked:
         raise ValueError("--ct '': no name of a file; a CT is a NIfTI; check the variable that should hold it")
@@ -25,24 +25,25 @@ def each_ct(asked, texts):
         return texts, [None] * len(texts)
     names = [m[1] if (m := NAME.match(f.name)) else f.name for f in files]
     names = [f.parent.name if name == "ct" and len(files) > 1 else name for name, f in zip(names, files)]
-    each = [(ct if not name else name if len(files) == 1 else f"{ct}_{name}", text, f)
-            for ct, f in zip(names, files) for name, text in texts]
-    return [(name, text) for name, text, _ in each], [f for _, _, f in each]
+    each = [((ct if not name else name if len(files) == 1 else f"{ct}_{name}", *text), f)
+            for ct, f in zip(names, files) for name, *text in texts]
+    return [text for text, _ in each], [f for _, f in each]
 
 
 def names_of(texts, samples, seed):
-    """Every sample has a folder and a seed of its own, counted up over texts and samples.   texts: list of (name, text)
-    -> list of (name, text, seed)"""
+    """Every sample has a folder and a seed of its own, counted up over texts and samples; a text's own seed is that of
+    its first sample.   texts: list of (name, text, seed or None)   -> list of (name, text, seed)"""
     if samples < 1:
         raise ValueError(f"--samples {samples}; at least 1 is needed; change it")
-    last = seed + len(texts) * samples - 1
-    if not 0 <= seed <= last < 2**32:
-        raise ValueError(f"--seed {seed}: seeds {seed} to {last}; a generator keeps those from 0 to {2**32 - 1}; "
+    firsts = [seed + j * samples if own is None else own for j, (*_, own) in enumerate(texts)]
+    least, last = min(firsts), max(firsts) + samples - 1
+    if not 0 <= least <= last < 2**32:
+        raise ValueError(f"--seed {seed}: seeds {least} to {last}; a generator keeps those from 0 to {2**32 - 1}; "
                          "choose another")
-    names = [(f"{name}_{i:02d}" if samples > 1 else name, text, seed + j * samples + i)
-             for j, (name, text) in enumerate(texts) for i in range(samples)]
+    names = [(f"{name}_{i:02d}" if samples > 1 else name, text, first + i)
+             for first, (name, text, _) in zip(firsts, texts) for i in range(samples)]
     if len({name for name, _, _ in names}) < len(names):
-        raise ValueError(f"reports or CTs of one name: {sorted(n for n, _ in texts)}; every sample needs its own "
+        raise ValueError(f"reports or CTs of one name: {sorted(n for n, *_ in texts)}; every sample needs its own "
                          "folder; rename the files")
     long = [name for name, _, _ in names if len(name.encode()) > 240]
     if long:

@@ -1,5 +1,6 @@
-"""The one reader of reports: text files and .jsonl, and their two sections, Findings and Impression. docs/data.md has a
-table of what it takes and what it refuses."""
+"""The one reader of reports: text files, tables (.csv, .jsonl), and their two sections, Findings and Impression.
+docs/data.md has a table of what it takes and what it refuses."""
+import csv
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ from support.files import read_json
 Report = namedtuple("Report", "subject findings impression")
 MAX_BYTES = 1 << 20               # of one report
 TAG = re.compile(r"</?(html|head|body|div|span|p|br|b|i|u|em|strong|font|table|tr|td|li|ul)\b[^<>]*>", re.I)
+FOLDER = re.compile(r"[^./\\\0][^/\\\0]*")       # a name that can be a folder's
 JSON = re.compile(r'[\[{]\s*(\{\s*)?"')
 
 # A heading ends with a colon, or its line does. "Impression:" is one anywhere, "Findings:" at the start of a line or
@@ -56,25 +58,54 @@ def text_files(folder):
 
 def texts_asked(prompt, reports, otherwise):
     """What sample.py was asked for.   prompt: --prompt or None   reports: files and folders of them   otherwise: the
-    name of a sample without text   -> list of (name, text, None or, of a report that cannot be read, the error)"""
+    name of a sample without text   -> list of (name, text or, of a report that cannot be read, the error, seed of its
+    own or None)"""
     if prompt is not None and reports:
         raise ValueError("--prompt and --report; one text a sample is needed; give one of them")
     if prompt is not None:
         if not any(c.isalpha() for c in prompt):
             raise ValueError(f"--prompt {prompt!r}; no words in it; write some, or leave the option out")
-        return [("prompt", prompt)]
+        return [("prompt", prompt, None)]
     if "" in reports:
         raise ValueError("--report '': no name of a file; a report is a text file; "
                          "check the variable that should hold it")
-    files = []
+    files, rows = [], []
     for path in map(Path, reports):
-        files += text_files(path) if path.is_dir() else [path]
+        if path.suffix.lower() in (".csv", ".jsonl") and path.is_file():
+            rows += table(path)
+        else:
+            files += text_files(path) if path.is_dir() else [path]
     for f in files:
         if not is_text(f.name):
             raise ValueError(f"--report {str(f)!r}: bytes that are no UTF-8; samples are named so; rename the report")
-    if reports and not files:
+    if reports and not files + rows:
         raise ValueError(f"--report {' '.join(reports)}: no *.txt in it; a report is a text file; check the folder")
-    return [(f.stem, text_or_error(f)) for f in files] or [(otherwise, None)]
+    return [(f.stem, text_or_error(f), None) for f in files] + rows or [(otherwise, None, None)]
+
+
+def table(path):
+    """A table of what to sample, .csv with a head or .jsonl: `text`, or `findings` and `impression`; if wanted `name`
+    (else the file's and the row) and `seed` (else counted up).   -> list of (name, text, seed or None)"""
+    lines = path.read_bytes().decode("utf-8-sig", "replace").splitlines(keepends=True)
+    rows = csv.DictReader(lines) if path.suffix.lower() == ".csv" else (json.loads(s) for s in lines if s.strip())
+    found = []
+    try:
+        for row in rows:
+            n = len(found) + 1
+            row = {k: str(v) for k, v in row.items() if k and v not in (None, "")}
+            sections = "impression" in row
+            text = f"Findings: {row['findings']}\nImpression: {row['impression']}" if sections else row["text"]
+            name = row.get("name", f"{path.stem}_{n:04d}")
+            if "\ufffd" in "".join(row.values()) or not is_text("".join(row.values())) or not FOLDER.fullmatch(name):
+                raise ValueError("text that is no UTF-8, or a name that no folder can have")
+            found.append((name, checked(text, "text"), int(row["seed"]) if "seed" in row else None))
+    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as e:
+        raise ValueError(f"{path}: row {len(found) + 1} cannot be sampled ({type(e).__name__}: {e}); a row has "
+                         "`text`, or `findings` and `impression`, and if wanted `name` and `seed`, a whole number; "
+                         "mend it") from None
+    if not found:
+        raise ValueError(f"{path}: no rows; a head `name,seed,text` and a row a sample are needed; write them")
+    return found
 
 
 def text_or_error(path):

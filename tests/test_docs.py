@@ -28,7 +28,7 @@ LONG = 90                                               # lines: a page with mor
 LINK = re.compile(r'\]\(([^)\s]+)(?:\s+"[^"]*")?\)|(?:src|href)="([^"]+)"')
 SPAN = re.compile(r"`([^`]+)`")
 RUNS = ("python", "python3", "torchrun", "sh", "pip", "ruff", "pytest")       # a command begins with one of these
-FOREIGN = {"raw_img_path", "output_file_path", "efficientnet_lite_pytorch"}                       # names in others' code
+FOREIGN = {"raw_img_path", "output_file_path", "efficientnet_lite_pytorch"}     # names in others' code
 DATA = set("json jsonl npy npz csv png jpg pt pth safetensors txt md gz html yml py sh ipynb toml".split())
 
 

@@ -78,6 +78,29 @@ def test_a_prompt_and_a_mask_make_four_volumes_that_overlay_on_the_mask(model, a
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_table_names_samples_and_their_seeds(tmp_path, fails):
+    from support.outputs import names_of
+    from support.reports import texts_asked
+    table = tmp_path / "prompts.csv"
+    table.write_text('name,seed,text\nfirst,7,"Large effusion, left.\nNo nodules."\n,,Cardiomegaly.\n')
+    lines = tmp_path / "more.jsonl"
+    lines.write_text('{"name": "x", "findings": "Clear.", "impression": "Normal.", "seed": 3}\n\n{"text": "Bullae."}\n')
+    asked = texts_asked(None, [table, lines], "sample")
+    assert names_of(asked, 1, 100) == [
+        ("first", "Large effusion, left.\nNo nodules.", 7), ("prompts_0002", "Cardiomegaly.", 101),
+        ("x", "Findings: Clear.\nImpression: Normal.", 3), ("more_0002", "Bullae.", 103)]
+    assert [n[0::2] for n in names_of(asked[:1], 2, 0)] == [("first_00", 7), ("first_01", 8)]
+
+    for text in ("name,seed,text\n", "name,text\n../up,Clear lungs.\n", "seed,text\n1.5,Clear lungs.\n",
+                 "text\nClear lungs.\n123\n", "prompt\nClear lungs.\n"):
+        table.write_text(text)
+        code, said = fails(sample.main, "--report", table, "--out", tmp_path / "out")
+        assert code == 2 and said.count("\n") == 1 and "prompts.csv" in said, said
+    lines.write_text('{"text": "Clear lungs."}\n[1]\n')
+    code, said = fails(sample.main, "--report", lines, "--out", tmp_path / "out")
+    assert code == 2 and "row 2" in said and not (tmp_path / "out").exists()
+
+
 def test_a_seed_is_a_sample_and_reports_count(model, tmp_path):
     (tmp_path / "r").mkdir()
     for i in (1, 2):

@@ -42,20 +42,22 @@ def make(root, model, device, text, masks, seed, low_steps, sr_steps):
 def page(root, model, device):
     """The page.   root: folder for what it makes   -> an app for a server"""
     import gradio
-    from fastapi import FastAPI
+    from fastapi import FastAPI, HTTPException
     from fastapi.responses import FileResponse
     app, made = FastAPI(), {}
 
     @app.get("/view/{name}")
     def view(name: str):
-        return FileResponse(made[name] / "view.html") if name in made else FileResponse(os.devnull, 404)
+        if name not in made:
+            raise HTTPException(404)
+        return FileResponse(made[name] / "view.html")
 
     bars = gradio.Progress(track_tqdm=True)              # those of sample.py
 
     def run(text, lobe, airway, vessel, seed, low_steps, sr_steps, progress=bars):
         masks = dict(zip(MASKS, (lobe, airway, vessel)))
         try:
-            folder = make(root, model, device, text, masks, seed, low_steps, sr_steps)
+            folder = make(root, model, device, text, masks, seed, low_steps or None, sr_steps or None)
         except ValueError as e:
             raise gradio.Error(f"error: {e}", duration=None, print_exception=False) from None
         name = folder.parent.name
@@ -71,7 +73,7 @@ def page(root, model, device):
             text = gradio.Textbox(label="Report", lines=6, placeholder="Findings: ...\nImpression: ...", scale=2)
             with gradio.Column():
                 seed = gradio.Number(0, label="Seed", precision=0)
-                steps = [gradio.Number(None, label=f"Steps of stage {i} (empty: the weights' own)", precision=0)
+                steps = [gradio.Number(0, label=f"Steps of stage {i} (0: the weights' own)", precision=0)
                          for i in (1, 2)]
         with gradio.Row():
             masks = [gradio.File(label=f"{name} mask to keep (NIfTI)", file_types=[".nii", ".gz"], height=120)

@@ -86,7 +86,7 @@ def pack(name, array, affine):
     image.header.set_xyzt_units("mm")
     if name not in ("ct", "nothing"):
         image.header.set_intent("label")                 # NiiVue outlines these
-    return base64.b64encode(gzip.compress(image.to_bytes(), 4, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(image.to_bytes(), 1, mtime=0)).decode()
 
 
 def main(argv=None):

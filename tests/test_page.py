@@ -67,6 +67,7 @@ def test_without_gradio_or_with_a_port_that_is_taken_it_is_one_line(fails, monke
 @pytest.mark.slow
 def test_a_browser_goes_from_text_to_picture_and_asks_nobody_else(model, airway, tmp_path):
     pytest.importorskip("gradio", reason="gradio is not installed")
+    httpx = pytest.importorskip("httpx")
     args = [sys.executable, "page.py", "--model", str(model), "--device", "cpu", "--port", "0"]
     server = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"})
@@ -83,7 +84,7 @@ def test_a_browser_goes_from_text_to_picture_and_asks_nobody_else(model, airway,
             tab.locator("input[type=file]").nth(1).set_input_files(airway)
             tab.wait_for_selector("text=airway.nii")
             tab.click("text=Make a sample")
-            tab.wait_for_function("/low resolution[^]*\\d+\\/40/.test(document.body.innerText)")
+            tab.wait_for_function("/\\d+\\/40 step/.test(document.body.innerText)")
             frame = tab.frame_locator("iframe")
             frame.locator("body[data-state=ready]").wait_for()
             assert frame.locator("output").inner_text().startswith("voxel 16, 16, 16")
@@ -92,6 +93,10 @@ def test_a_browser_goes_from_text_to_picture_and_asks_nobody_else(model, airway,
             names = zipfile.ZipFile(download.value.path()).namelist()
             assert {*names} >= {"report/ct.nii.gz", "report/sample.json", "report/view.html"}
             assert all(re.match(re.escape(url), a) for a in asked)
+        for size, code in ((1 << 10, 200), (65 << 20, 413)):             # MOST
+            sent = httpx.post(f"{url}/gradio_api/upload", files=dict(files=("a.nii", bytes(size))), timeout=100)
+            assert sent.status_code == code
+        assert httpx.get(f"{url}/view/none").status_code == 404
     finally:
         server.terminate()
         server.wait()

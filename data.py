@@ -138,7 +138,7 @@ def split_cases(folder, holdout, out=""):
     held_out = [f for f in folders if patient(f) in apart][-holdout:] if holdout else []
     training = [f for f in folders if patient(f) not in apart]
     if not training:
-        raise ValueError(f"{folder}: {len(folders)} cases, {holdout} to be held out, with their patients' others; "
+        raise ValueError(f"{folder}: {len(folders)} cases, and --holdout {holdout} leaves none to train on; "
                          f"a trainer needs cases; make some with `python phantom.py --out {folder} --n 512` or "
                          "`python data.py prepare ...`, or lower --holdout")
     return training, held_out
@@ -162,7 +162,7 @@ class Cases(Dataset):
         low = array_of(folders[0], "low").shape[-1]
         self.grid = low * SCALE if crop else low                         # edge of the whole volume that the stage makes
         if crop and max(crop) > self.grid:
-            raise ValueError(f"crop {crop} is larger than the grid {self.grid}; a crop lies inside; choose another")
+            raise ValueError(f"crop {crop} is larger than the grid {self.grid}; it must lie inside; --preset demo's do")
 
     def __len__(self):
         return len(self.folders)

@@ -44,7 +44,7 @@ CT, LOBE, AIRWAY = range(3)
 def figure(title, *shown):
     """A figure below the code of the functions `shown`; it returns its caption. In a notebook it is drawn at once."""
     def register(draw):
-        n = len(FIGURES) + 1
+        n = next((n for n, (_, f, _) in FIGURES.items() if f.__name__ == draw.__name__), len(FIGURES) + 1)
         FIGURES[n] = f"{n}. {title}", draw, shown
         if NOTEBOOK:
             from IPython.display import Image, Markdown, display

@@ -1,5 +1,5 @@
 """A page in the browser, on this machine alone: report and masks in, a sample out, to look at and to download. It is
-drawn by Gradio (pip install -r requirements-tools.txt); what it does, sample.py does.
+drawn by Gradio (pip install gradio); what it does, sample.py does.
 
     python page.py                                     # http://127.0.0.1:7860
     python page.py --model checkpoints/demo --port 8000

@@ -170,7 +170,7 @@ def sample(args):
         if not sr_net:                                   # voxel i of 64^3 is voxel 4 i of 256^3, not the middle of four
             affine = affine * ([SCALE] * 3 + [1])
         fixes = f"fixed: {', '.join(channels[c] for c in fixed)}" if fixed else "nothing fixed"
-        for name, text, seed in group:
+        for name, text, seed in tqdm(list(group), desc="samples", disable=len(names) < 2, leave=False):
             context, began = contexts.result()[text], time.time()
             if low_net.out.weight.is_meta:               # `generate` dropped its weights
                 low_net = load(args)["low"][0]

@@ -43,8 +43,9 @@ def names_of(texts, samples, seed):
     names = [(f"{name}_{i:02d}" if samples > 1 else name, text, first + i)
              for first, (name, text, _) in zip(firsts, texts) for i in range(samples)]
     if len({name for name, _, _ in names}) < len(names):
-        raise ValueError(f"reports or CTs of one name: {sorted(n for n, *_ in texts)}; every sample needs its own "
-                         "folder; rename the files")
+        twice = sorted({name for name, _, _ in names if [n for n, _, _ in names].count(name) > 1})
+        raise ValueError(f"reports, rows or CTs of one name: {', '.join(twice[:5])}; every sample needs its own "
+                         "folder; rename them")
     long = [name for name, _, _ in names if len(name.encode()) > 240]
     if long:
         raise ValueError(f"{long[0]}: a name of {len(long[0].encode())} bytes; 240 are possible for a folder; "

@@ -92,7 +92,11 @@ def table(path):
     try:
         for row in rows:
             n = len(found) + 1
-            row = {k: str(v) for k, v in row.items() if k and v not in (None, "")}
+            if None in row:
+                raise ValueError("more cells than the head; a text with commas stands in double quotes")
+            row = {k.strip().lower(): str(v) for k, v in row.items() if v not in (None, "")}
+            if not row.keys() & {"text", "impression"}:
+                raise ValueError(f"no text in {', '.join(row)}")
             sections = "impression" in row
             text = f"Findings: {row['findings']}\nImpression: {row['impression']}" if sections else row["text"]
             name = row.get("name", f"{path.stem}_{n:04d}")
@@ -100,7 +104,7 @@ def table(path):
                 raise ValueError("text that is no UTF-8, or a name that no folder can have")
             found.append((name, checked(text, "text"), int(row["seed"]) if "seed" in row else None))
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as e:
-        raise ValueError(f"{path}: row {len(found) + 1} cannot be sampled ({type(e).__name__}: {e}); a row has "
+        raise ValueError(f"{path}: row {len(found) + 1} cannot be sampled ({e}); a row has "
                          "`text`, or `findings` and `impression`, and if wanted `name` and `seed`, a whole number; "
                          "mend it") from None
     if not found:

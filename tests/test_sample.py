@@ -92,10 +92,11 @@ def test_a_table_names_samples_and_their_seeds(tmp_path, fails):
     assert [n[0::2] for n in names_of(asked[:1], 2, 0)] == [("first_00", 7), ("first_01", 8)]
 
     for text in ("name,seed,text\n", "name,text\n../up,Clear lungs.\n", "seed,text\n1.5,Clear lungs.\n",
-                 "text\nClear lungs.\n123\n", "prompt\nClear lungs.\n"):
+                 "text\nClear lungs.\n123\n", "prompt\nClear lungs.\n", "name,text\na,Large effusion, left.\n",
+                 "name,text\na,Clear.\na,Clear.\n"):
         table.write_text(text)
         code, said = fails(sample.main, "--report", table, "--out", tmp_path / "out")
-        assert code == 2 and said.count("\n") == 1 and "prompts.csv" in said, said
+        assert code == 2 and said.count("\n") == 1 and ("prompts.csv" in said or "one name: a;" in said), said
     lines.write_text('{"text": "Clear lungs."}\n[1]\n')
     code, said = fails(sample.main, "--report", lines, "--out", tmp_path / "out")
     assert code == 2 and "row 2" in said and not (tmp_path / "out").exists()
@@ -374,7 +375,7 @@ def test_the_shipped_weights_are_whole_and_know_their_text_and_how_to_be_sampled
     said, was = how_to_sample(stages), [implied(kind, about) for kind, (_, about) in stages.items()]
     assert set(said.pop("shown")) == {kind for i in was for kind in i.pop("shown", [])}
     assert was[0] | was[1] == dict(agree=True, tidy=True)
-    steps = dict(low_steps=12 if low == 32 else 5, sr_steps=4)
+    steps = dict(low_steps=12, sr_steps=4) if low == 32 else dict(low_steps=5, sr_steps=3)
     assert said == steps | dict(agree=True, tidy=True, solver="dpm", guidance=4, interval=[0.8, 1])
 
 

@@ -3,7 +3,7 @@
     python docs/exercises/look.py 6
 
 With the small weights (checkpoints/demo: 32^3, then 128^3, trained on phantoms), on made-up chests, without a network.
-Volumes that it makes are in out/look/N.png.
+Volumes that it makes are in out/look/N-1.png, the next time in N-2.png.
 """
 import importlib
 import sys
@@ -62,7 +62,7 @@ def tell(name, x):
 
 
 def show(n, *volumes):
-    path = ROOT / f"out/look/{n}.png"
+    path = next(p for i in range(1, 1000) if not (p := ROOT / f"out/look/{n}-{i}.png").exists())
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(path, [x[0] for _, x in volumes], [name for name, _ in volumes], "", FOV)
     print(f"wrote {path.relative_to(ROOT)}")

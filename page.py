@@ -112,7 +112,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     with exits():
         if not importlib.util.find_spec("gradio"):
-            raise ValueError("gradio: not installed; it draws the page; pip install -r requirements-tools.txt")
+            raise ValueError("gradio: not installed; it draws the page; pip install gradio")
         serve(args.model, choose_device(args.device), args.port)
 
 

@@ -115,9 +115,11 @@ def read_init(path, kind, net, free=(), channels=FULL):
     if about.get("channels", list(FULL)) != list(channels):
         differing["channels"] = ",".join(about.get("channels", FULL))
     if about.get("kind") != kind or differing:
+        way = f"run python -m beyond.train_{kind}"
+        if "tokens" in differing:                        # no option of a trainer's: text.npy has them
+            way = f"embed the reports anew, text_encoder.py embed --tokens {differing['tokens']}"
         raise ValueError(f"--init {path}: kind {about.get('kind')}, {differing} there; this run is {kind} and has "
-                         "others; pass the options of that network; where --help has none of these, "
-                         f"run python -m beyond.train_{kind}")
+                         f"others; pass the options of that network; where --help has none of these, {way}")
     return {k: v.float() for k, v in state.items()}, args
 
 

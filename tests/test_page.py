@@ -57,7 +57,7 @@ def test_without_gradio_or_with_a_port_that_is_taken_it_is_one_line(fails, monke
         port = taken.getsockname()[1]
         monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
         assert fails(page.main, "--port", port) == (
-            2, "error: gradio: not installed; it draws the page; pip install -r requirements-tools.txt\n")
+            2, "error: gradio: not installed; it draws the page; pip install gradio\n")
         monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: True)
         monkeypatch.setitem(sys.modules, "uvicorn", page)
         code, err = fails(page.main, "--port", port)

@@ -8,7 +8,6 @@ Paper sec. 4.2 to 4.4: G makes the low-resolution volume from text, H the full o
 import argparse
 import json
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
@@ -20,14 +19,12 @@ from tqdm import tqdm
 from data import CHANNELS, FOV, MASKS, SCALE, decode, encode, grid_affine, to_model, upsample
 from diffusion import beside, ddim_sample, guided, held, times
 from support.cli import Parser, check_center, choose_device, exits, keep_memory, release_memory, say
-from support.fast import compile_blocks, place
 from support.files import whole_folder
 from support.nifti import saving
-from support.outputs import check_free, check_given, each_ct, missing, names_of, readable
+from support.outputs import batches, check_free, check_given, each_ct, missing, names_of, readable
 from support.pictures import picture, pyplot
 from support.reports import texts_asked
-from support.sampling import check_sampling, settings
-from support.slabs import by_slabs
+from support.sampling import check_sampling, ready, settings
 from support.weights import beyond, check_pair, load_stages
 from unet3d import Block, UNet3D
 
@@ -37,17 +34,17 @@ WRITTEN = (*(f"{c}.nii.gz" for c in CHANNELS), "preview.png", "sample.json", "vi
 
 # --- one sample ---
 
-def generate(low_net, sr_net, grid, seed, s, context=None, known=None, fixed=()):
-    """One sample through both stages (sec. 4.2, 4.4).   grid: edge of the low-resolution volume
-    s: `settings`   context: (1,N,width) text, or None for the learned null text   known: (1,4,D,H,W) clean channels on
-    the full grid, of which `fixed` are imposed   -> (4,D,H,W) float32 on the CPU
+def generate(low_net, sr_net, grid, seeds, s, context=None, known=None, fixed=()):
+    """Samples through both stages, one of each seed (sec. 4.2, 4.4).   grid: edge of the low-resolution volume
+    s: `settings`   context: (B,N,width) texts, or None for the learned null text   known: (1,4,D,H,W) clean channels on
+    the full grid, of which `fixed` are imposed   -> (B,4,D,H,W) float32 on the CPU
 
-    All noise comes from one CPU generator of the seed, so it does not depend on the device.
+    All noise of a sample comes from one CPU generator of its seed, so it depends neither on device nor on batch.
     """
-    device, generator = torch.device(s["device"]), torch.Generator().manual_seed(seed)
+    device, generators = torch.device(s["device"]), [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def noise(n):
-        return torch.randn(1, low_net.args["out_channels"], n, n, n, generator=generator)
+        return torch.stack([torch.randn(low_net.args["out_channels"], n, n, n, generator=g) for g in generators])
 
     with torch.autocast(device.type, torch.bfloat16, enabled=s["amp"]), ThreadPoolExecutor(1) as thread:
         # stage 1: from the text, anatomy held on every fourth voxel
@@ -65,13 +62,11 @@ def generate(low_net, sr_net, grid, seed, s, context=None, known=None, fixed=())
                 release_memory()
             low = upsample(x)
             x = stage("sr", s, beside(sr_net, low), sr_noise.result().to(device), known, fixed, low=low)
-    if not torch.isfinite(x).all():
-        raise FloatingPointError(f"seed {seed}: the sample is not finite; try --no-amp")
-    return x[0].float().cpu()
+    return x.float().cpu()
 
 
 def stage(name, s, denoise, noise, known, fixed, unguided=None, low=None):
-    """One stage's sample: its denoiser with anatomy held (sec. 4.4), by DDIM (sec. 4.2).   -> (1,4,D,H,W)
+    """One stage's samples: its denoiser with anatomy held (sec. 4.4), by DDIM (sec. 4.2).   -> (B,4,D,H,W)
     Where `s` asks for what the paper does not have, beyond/ replaces denoiser and sampler."""
     sampler = ddim_sample
     if s["beyond"]:
@@ -81,15 +76,6 @@ def stage(name, s, denoise, noise, known, fixed, unguided=None, low=None):
 
 
 # --- from arguments to volumes ---
-
-def ready(net, s):
-    """A network ready to sample: on its device, its weights as autocast would have them, compiled or slab by slab."""
-    place(net, s["device"], s["amp"])
-    if s["slab"]:
-        by_slabs(net, s["slab"], Block)
-    elif s["compile"]:
-        compile_blocks(net, Block)
-
 
 def load(args):
     """-> {"low": (net, about), "sr": (net, about)}, the second one left out with --stop-at-low"""
@@ -149,12 +135,21 @@ def sample(args):
     full = SCALE * grid
     low_net, sr_net = (stages[kind][0] if kind in stages else None for kind in ("low", "sr"))
     for net, _ in stages.values():
-        ready(net, s)
+        ready(net, s, Block)
     print(f"model {args.model} on {args.device} in {'bfloat16' if s['amp'] else 'float32'}: {grid}^3"
           + (f" -> {full}^3" if sr_net else ""))
     thread = ThreadPoolExecutor(1)                       # reads texts beside masks, saves a sample beside the next
     contexts = thread.submit(read_texts, args, [text for _, text, _ in names], *stages["low"])
     saved = thread.submit(pyplot)                        # an import, which is not then waited for
+
+    def make(batch):
+        nonlocal low_net
+        if low_net.out.weight.is_meta:                   # `generate` dropped its weights
+            low_net = load(args)["low"][0]
+            ready(low_net, s, Block)
+        told = [contexts.result()[text] for _, text, _ in batch]         # all have a text, or none
+        return generate(low_net, sr_net, grid, [seed for *_, seed in batch], s,
+                        None if told[0] is None else torch.cat(told), known, fixed)
 
     for ct, group in groupby(names, lambda n: ct_of[n[0]]):
         try:
@@ -170,19 +165,13 @@ def sample(args):
         if not sr_net:                                   # voxel i of 64^3 is voxel 4 i of 256^3, not the middle of four
             affine = affine * ([SCALE] * 3 + [1])
         fixes = f"fixed: {', '.join(channels[c] for c in fixed)}" if fixed else "nothing fixed"
-        for name, text, seed in tqdm(list(group), desc="samples", disable=len(names) < 2, leave=False):
-            context, began = contexts.result()[text], time.time()
-            if low_net.out.weight.is_meta:               # `generate` dropped its weights
-                low_net = load(args)["low"][0]
-                ready(low_net, s)
-            try:
-                x = generate(low_net, sr_net, grid, seed, s, context, known, fixed)
-            except FloatingPointError as e:              # the others are made all the same
-                failed.append(e)
+        for (name, text, seed), x, seconds in batches(list(group), args.batch, args.device, make):
+            if not torch.isfinite(x).all():              # the others are made all the same
+                failed.append(f"seed {seed}: the sample is not finite; try --no-amp")
                 continue
             about = dict(caption=f"{Path(args.model).name} weights, seed {seed}, {fixes}", text=text, seed=seed,
                          ct=ct and str(ct), sampling=s, center_ras_mm=list(center), arguments=vars(args),
-                         seconds=round(time.time() - began, 1), torch=torch.__version__,
+                         seconds=round(seconds, 1), torch=torch.__version__,
                          weights={kind: about for kind, (_, about) in stages.items()})
             saved.result()                               # of the sample before: one at a time
             saved = thread.submit(write, out / name, x, channels, affine, about, args.overwrite,
@@ -247,6 +236,7 @@ def main(argv=None):
     add("--device", help="cuda or cpu; default whichever is there")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default on new GPUs, and on CPUs quicker in it")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the networks' Blocks; default on a GPU")
+    add("--batch", default="auto", help="samples at a time; default auto: one on a CPU, what fits on a GPU")
     add("--slab", type=int, nargs="?", const=16, default=0, metavar="SLICES",
         help="work so many slices at a time (16): less memory, same result (default 0: whole volumes)")
     args = p.parse_args(argv)

@@ -33,10 +33,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from beyond.nets import Extended
 from data import SCALE, Cases
 from reference import Reference
-from sample import generate, ready
+from sample import generate
 from support.cli import Parser, exits, fast_bfloat16, keep_memory
 from support.fast import compile_blocks, recompute
-from support.sampling import wanted
+from support.sampling import ready, wanted
 from support.slabs import by_slabs
 from unet3d import Block, Round, UNet3D
 
@@ -86,7 +86,7 @@ def network(case, form, width, device):
     amp = form != "ours float32" and fast_bfloat16(device)
     compiled = form == "ours compiled" or device == "cuda" and form in ("ours", "ours light")
     if mode != "step":
-        ready(net, dict(device=device, amp=amp, slab=16 if mode == "slab" else 0, compile=compiled))
+        ready(net, dict(device=device, amp=amp, slab=16 if mode == "slab" else 0, compile=compiled), Block)
         return net, amp
     net.to(device)
     how = "blocks" if case == "H_256_step" or form == "ours blocks" else "norms"
@@ -258,7 +258,7 @@ def sampling(device, repeats):
     context = torch.randn(1, 192, 768, device=device)
     usual = dict(device=device, amp=fast_bfloat16(device), compile=device == "cuda", slab=0)
     for net in nets:
-        ready(net, usual)
+        ready(net, usual, Block)
     cases = {"sampling_50_20": (50, 20, "ddim", 2), "sampling_dpm_20_10": (20, 10, "dpm", 2),
              "sampling_student_4_2": (4, 2, "ddim", 1), "reference": (5, 2, "ddim", 2),
              "sampling_one_stage": (50, 20, "ddim", 2), "sampling_slab": (50, 20, "ddim", 2)}
@@ -269,7 +269,7 @@ def sampling(device, repeats):
         s = usual | dict(low_steps=low_steps, sr_steps=sr_steps, solver=solver, guidance=float(guidance),
                          beyond=wanted(dict(solver=solver)), one_stage=case in peak_only)
         mine, s = (plain, s | dict(amp=False)) if case == "reference" else (nets, s)
-        generate(*mine, grid, 0, s, context)
+        generate(*mine, grid, [0], s, context)
 
     def find_peak(case):
         run(case, (2, 2))                                # compiles; what is held does not grow with the steps

@@ -36,14 +36,14 @@ from copying import copy, stack
 from data import CHANNELS, FOV, MASKS, SCALE, cases, decode, encode
 from detail import detail
 from evaluate import UNITS, dice, measure_phantom
-from sample import generate, ready, settings
+from sample import generate, settings
 from support.checks import array_of
 from support.cli import Parser, choose_device, exits, keep_memory
 from support.files import write_atomic
 from support.pictures import dots
-from support.sampling import check_sampling
+from support.sampling import check_sampling, ready
 from support.weights import load_stages
-from unet3d import UNet3D
+from unet3d import Block, UNet3D
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("copy", "text", "full", "anatomy", "segmentation", "detail", "memory", "reading")   # reading harms the encoder
@@ -62,14 +62,14 @@ class Model:
             raise ValueError(f"--model {args.model}: makes {', '.join(about['channels'])}; all four are measured; name "
                              "other weights")
         for net, _ in stages.values():
-            ready(net, self.s)
+            ready(net, self.s, Block)
         self.encoder = text_encoder.load(args.text or Path(args.model) / "text", tokens=self.low.args["tokens"])
 
     def sample(self, seed, report=None, known=None, fixed=(), full=False):
         """-> {channel: (G,G,G) HU or labels}"""
         known = None if known is None else known.to(self.device)
         context = self.encoder.encode([report])[0].to(self.device) if report else None
-        x = generate(self.low, self.sr if full else None, self.grid, seed, self.s, context, known, fixed)
+        x = generate(self.low, self.sr if full else None, self.grid, [seed], self.s, context, known, fixed)[0]
         return {c: decode(c, v) for c, v in zip(CHANNELS, x.numpy())}
 
     def phantom(self, i, wording="held-out", **conditions):

@@ -48,7 +48,7 @@ def obeyed(model, requests, s, limits):
     of the first requests at the limit   -> {measure: number}"""
     rows, away = [], []
     for i, (request, report) in enumerate(requests):
-        x = generate(model.low, None, model.grid, model.seed + i, s, model.encoder.encode([report])[0])
+        x = generate(model.low, None, model.grid, [model.seed + i], s, model.encoder.encode([report])[0])[0]
         away += [distance(x, limits[i])] if i < len(limits) else []
         rows.append((request, measure_phantom(*(decode(c, x[CHANNELS.index(c)].numpy()) for c in ("ct", "lobe")))))
     return obey.compare(rows) | ({"from the limit": float(np.mean(away))} if away else {})
@@ -77,7 +77,7 @@ def measure(model, stage, n, found, keep, part):
                     for seed, r in enumerate(obey.conditions(-(-n // 3)), model.seed)]
         limit = way(model, "ddim", low_steps=LIMIT)
         compared = requests[:0 if student else COMPARED]
-        limits = [generate(model.low, None, model.grid, model.seed + i, limit, model.encoder.encode([report])[0])
+        limits = [generate(model.low, None, model.grid, [model.seed + i], limit, model.encoder.encode([report])[0])[0]
                   for i, (_, report) in enumerate(tqdm(compared, desc="limit", leave=False))]
         for name, (solver, k) in tqdm(ways.items(), desc=stage, leave=False):
             found[name] = obeyed(model, requests, way(model, solver, low_steps=k), limits)

@@ -48,12 +48,11 @@ def sample(stage, s, fixed, denoise, noise, times, progress=iter):
     if dpm and stage == "sr":
         times = times ** 2
     x = (dpm_sample if dpm else ddim_sample)(denoise, noise, times, progress)
-    if not s.get("tidy") or LOBE in fixed or not torch.isfinite(x).all():
-        return x
-    if stage == "sr":
-        x[:, LOBE] = torch.stack([tidy_lobes(lobe.float()) for lobe in x[:, LOBE]])
-    elif CT in fixed and x.shape[-1] >= 64:              # 3 voxels of 32^3 are 3 cm: lobes are narrower
-        x[:, LOBE] = torch.stack([tidy_lobes(lobe.float(), tolerance=0.2, reach=3) for lobe in x[:, LOBE]])
+    if s.get("tidy") and LOBE not in fixed:
+        how = {} if stage == "sr" else dict(tolerance=0.2, reach=3)
+        for one in x if stage == "sr" or CT in fixed and x.shape[-1] >= 64 else ():      # at 32^3, 3 voxels are 3 cm
+            if torch.isfinite(one).all():
+                one[LOBE] = tidy_lobes(one[LOBE].float(), **how)
     return x
 
 

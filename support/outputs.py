@@ -1,7 +1,11 @@
 """The folders that sample.py writes: their names, and what may be replaced."""
 import json
 import os
+import time
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
 
 from support.checks import MASKS
 from support.nifti import NAME
@@ -103,3 +107,29 @@ def check_free(out, names, written, overwrite):
     probe = Path(out) / ".writable"
     probe.touch()
     probe.unlink(missing_ok=True)
+
+
+def batches(samples, size, device, make):
+    """Samples made several at a time. "auto": one on a CPU, which gains nothing by more; on a GPU eight, or the
+    half of it, and so on, that fits.   samples: list   size: "auto" or a number
+    make(some of samples) -> (B,C,D,H,W)   -> yields (sample, its (C,D,H,W), seconds that it took)"""
+    auto = size == "auto"
+    size, done = (1 if device == "cpu" else 8) if auto else int(size), 0
+    with tqdm(total=len(samples), desc="samples", disable=len(samples) < 2, leave=False) as bar:
+        while done < len(samples):
+            batch, began = samples[done:done + size], time.time()
+            try:
+                made = make(batch)
+            except torch.OutOfMemoryError:
+                if not auto or len(batch) == 1:
+                    raise
+                made = None                              # not here: the error holds tensors of the attempt
+            if made is None:
+                size = 1 << (len(batch) - 1).bit_length() - 1
+                torch.cuda.empty_cache()
+                continue
+            seconds = (time.time() - began) / len(batch)
+            for sample, x in zip(batch, made):
+                yield sample, x, seconds
+                bar.update()
+            done += len(batch)

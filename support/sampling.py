@@ -1,12 +1,14 @@
 """sampling.json, how weights want to be sampled: beside them, written by the trainers, read by sample.py."""
 import json
+import re
 from pathlib import Path
 
 import torch
 
 from support.checks import FULL
 from support.cli import fast_bfloat16
-from support.fast import quicker_in_bfloat16
+from support.fast import compile_blocks, place, quicker_in_bfloat16
+from support.slabs import by_slabs
 from support.weights import BEYOND, beyond
 
 SAMPLING = dict(low_steps=int, sr_steps=int, guidance=(int, float), interval=list, solver=str, agree=bool, tidy=bool,
@@ -37,6 +39,16 @@ def settings(args, stages):
 def number_format(args, net):
     """Whether to sample in bfloat16: where the device multiplies in it, and on a CPU where that is also the quicker."""
     return fast_bfloat16(args.device) and (args.device != "cpu" or quicker_in_bfloat16(net.downs[0].volume))
+
+
+def ready(net, s, blocks):
+    """A network ready to sample: on its device, its weights as autocast would have them, compiled or slab by slab.
+    s: `settings`   blocks: the class of its Blocks"""
+    place(net, s["device"], s["amp"])
+    if s["slab"]:
+        by_slabs(net, s["slab"], blocks)
+    elif s["compile"]:
+        compile_blocks(net, blocks)
 
 
 def how_to_sample(stages):
@@ -133,6 +145,8 @@ def check_sampling(s):
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
         raise ValueError(f"--guidance-interval {' '.join(map(str, interval))}; two times, 0 <= FROM <= TO <= 1, are "
                          "needed; change them")
+    if s.get("batch", "auto") != "auto" and not re.fullmatch(r"[1-9]\d{0,3}", s["batch"]):
+        raise ValueError(f"--batch {s['batch']}; auto or a number of samples, 1 to 9999, is needed; change it")
     if s.get("slab", 0) < 0:
         raise ValueError(f"--slab {s['slab']}; a number of slices is needed; 16 is usual")
     if s.get("solver") not in (None, "ddim", "dpm"):

@@ -22,6 +22,7 @@ from data import CHANNELS, grid_affine
 from support import fast
 from support.nifti import save_nifti
 from support.options import parse
+from support.outputs import batches
 from support.sampling import how_to_sample, implied
 from support.weights import describe, export, load_stages
 from unet3d import Block, UNet3D
@@ -142,6 +143,50 @@ def test_what_cannot_be_made_is_passed_over_and_made_by_resume(model, tmp_path, 
     assert "nothing is missing" in capsys.readouterr().out
     code, err = fails(sample.main, *asked, "--resume", "--seed", 9)
     assert code == 2 and "was not made from this text with seed 9" in err
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_samples_in_batches_are_those_made_one_by_one(model, airway, tmp_path, fails, monkeypatch):
+    """Each by its own seed and text, the anatomy held in all; one that fails does not take the others along."""
+    table = tmp_path / "t.csv"
+    table.write_text("name,seed,text\n" + "".join(f"{i},{7 * i + 1},There is {i}.\n" for i in range(3)))
+    asked, sizes, made = ["--report", table, "--airway", airway], [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *args: sizes.append(len(args[3])) or made(*args))
+    for n in (1, 2):
+        run(model, tmp_path / str(n), *asked, "--batch", n)
+    assert sizes == [1, 1, 1, 2, 1]
+    for i in range(3):
+        for c in CHANNELS:
+            one, two = (volume(tmp_path / str(n) / str(i), c).astype(float) for n in (1, 2))
+            assert np.abs(one - two).max() <= 1 if c == "ct" else np.array_equal(one, two)
+
+    broken = torch.tensor([0., 1]).reshape(2, 1, 1, 1, 1)
+    monkeypatch.setattr(sample, "generate", lambda *args: made(*args) / broken)
+    code, err = fails(sample.main, *QUICK, "--model", model, "--prompt", "There is 1.", "--samples", 2, "--batch", 2,
+                      "--out", tmp_path / "out")
+    assert code == 1 and "seed 0: the sample is not finite" in err and (tmp_path / "out/prompt_01").is_dir()
+    for wrong in ("0", "two", "-1", "1.5", ""):
+        code, err = fails(sample.main, *QUICK, "--model", model, f"--batch={wrong}", "--out", tmp_path / "out")
+        assert code == 2 and err.startswith(f"error: --batch {wrong}; auto or a number"), err
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    tried = []
+
+    def make(batch):
+        tried.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no")
+        return torch.tensor(batch).reshape(-1, 1, 1, 1, 1)
+
+    def made(size, device="cuda"):
+        tried.clear()
+        return [(sample, x.item()) for sample, x, _ in batches(list(range(11)), size, device, make)]
+
+    assert made("auto") == [(i, i) for i in range(11)] and tried == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert made("auto", "cpu") == [(i, i) for i in range(11)] and tried == [1] * 11
+    with pytest.raises(torch.OutOfMemoryError):          # as asked, or not at all
+        made("3")
 
 
 @pytest.mark.usefixtures("no_pictures")

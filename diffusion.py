@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from support.fast import lay_out, with_and_without
+from support.fast import with_and_without
 
 ABAR_MIN = 1e-4          # not in the paper; the released code clamps abar to [1e-4, 1 - 1e-4]
 
@@ -58,8 +58,7 @@ def beside(net, low):
     """Eq. 8, 10: stage 2 sees the low-resolution volume beside x_t, as [low, xt].   low: (B,4,D,H,W) on the grid of xt
     -> denoise(xt, t), clamped to [-1,1]"""
     def denoise(xt, t):
-        xt = lay_out(torch.cat([low, xt], dim=1))        # (B,8,D,H,W); cast now, half the memory while net works
-        return net(xt, t).clamp(-1, 1)
+        return net(torch.cat([low, xt], dim=1), t).clamp(-1, 1)          # sees (B,8,D,H,W)
     return denoise
 
 

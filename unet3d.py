@@ -11,9 +11,8 @@ One volume's way through G, whose widths are w = 160, 320, 640, 1280; depth D is
                          |____________________________________________________________________________|
 
 Layers from support/fast.py are torch's own, written for speed: SliceConv is Conv3d with kernel (1,k,k), SliceUp its
-transpose, Pointwise Conv3d with (1,1,1), Last the same in float32, VolumeConv and Stem Conv3d, side_by_side torch.cat
-along channels, lay_out a cast and copy; norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift),
-attention is scaled dot-product.
+transpose, Pointwise Conv3d with (1,1,1), Last the same in float32, VolumeConv and Stem Conv3d, lay_out a cast and copy;
+norm_scale_silu(x, norm, [scale, shift]) = SiLU(norm(x) (1 + scale) + shift), attention is scaled dot-product.
 """
 import math
 
@@ -32,7 +31,6 @@ from support.fast import (
     lay_out,
     lay_out_weights,
     norm_scale_silu,
-    side_by_side,
 )
 
 GROUPS = 8      # of every GroupNorm
@@ -235,4 +233,4 @@ class UNet3D(nn.Module):
 
     def join(self, *parts):
         """Tensors side by side along the channels (support/slabs.py joins them slab by slab instead)."""
-        return side_by_side(*parts)
+        return torch.cat(parts, 1)

@@ -93,11 +93,6 @@ class Stem(nn.Conv3d):
         return by_slice(partial(F.conv2d, weight=weight, bias=self.bias, padding=k // 2), x)
 
 
-def side_by_side(*parts):
-    """torch.cat(parts, 1), as they lie in memory."""
-    return torch.cat([p.movedim(1, -1) for p in parts], dim=-1).movedim(-1, 1)
-
-
 def lay_out(x):
     """x in channels-last memory, and in autocast's dtype where that is on, as the first convolution would cast it."""
     cast = torch.is_autocast_enabled(x.device.type)

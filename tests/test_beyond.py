@@ -68,7 +68,7 @@ def test_the_solver_keeps_fixed_channels_and_the_callers_noise():
 
 
 def test_while_the_network_works_the_solver_holds_one_estimate_more():
-    assert held_while_working(dpm_sample) == [2, 4, 4, 4]                # low, noise, then xt and the estimate before
+    assert held_while_working(dpm_sample) == [3, 5, 5, 5]                # and the estimate before
 
 
 @pytest.mark.parametrize("stage, solver, expected", [

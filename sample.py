@@ -61,8 +61,7 @@ def generate(low_net, sr_net, grid, seeds, s, context=None, known=None, fixed=()
                 low_net.to("meta" if device.type == "cpu" else "cpu")    # for stage 2's memory; meta: weights dropped
                 release_memory()
             low = upsample(x)
-            denoise = beside(sr_net.forward, low)                        # a module's call would hold its input, 0.5 GB
-            x = stage("sr", s, denoise, sr_noise.result().to(device), known, fixed, low=low)
+            x = stage("sr", s, beside(sr_net, low), sr_noise.result().to(device), known, fixed, low=low)
     return x.float().cpu()
 
 

@@ -37,14 +37,14 @@ def test_the_reference_is_the_same_network(options, channels):
 def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsys):
     quick = {name for name, case in bench.CASES.items() if case[3]}
     assert {"G_64_forward", "G_64_step", "H_crop_step", "H_128_forward"} <= quick
-    tiny = {"G_8_step": ("G", (1, 8, 8, 8), "step", True), "H_8_slab": ("H", (2, 8, 8, 8), "slab", True)}
+    tiny = {"G_8_forward": ("G", (1, 8, 8, 8), "forward", True), "H_8_slab": ("H", (2, 8, 8, 8), "slab", True)}
     monkeypatch.setattr(bench, "CASES", tiny)
     monkeypatch.setattr(bench, "WIDTHS", {"cpu": (8, 8)})
     monkeypatch.setattr(bench, "on_cpu", lambda case, form, width: (
         partial(bench.clock, bench.job(case, form, width, "cpu"), "cpu"), 1.0))
     bench.main(["--quick", "--json", "--repeats", "2", "--device", "cpu"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [r["case"] for r in rows] == ["G_8_step", "H_8_slab"]
+    assert [r["case"] for r in rows] == ["G_8_forward", "H_8_slab"]
     for r in rows:
         assert r["ratio"] == pytest.approx(r["reference_seconds"] / r["seconds"])
         assert r["peak_mb"] == r["reference_peak_mb"] == 1 and r["tflop"] > 0

@@ -5,8 +5,10 @@ import math
 import torch
 from torch import nn
 
+from beyond.sampling import interpolated
+from data import SCALE
 from diffusion import alpha_bar
-from support.fast import Last, Pointwise, attention, lay_out, lay_out_weights
+from support.fast import Last, Pointwise, Stem, attention, lay_out, lay_out_weights
 from support.weights import read_init
 from unet3d import HEAD_DIM, Block, UNet3D
 
@@ -46,6 +48,19 @@ def to_space(x, p):
     B, C, D, H, W = x.shape
     x = x.reshape(B, C // p**3, p, p, p, D, H, W)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, C // p**3, p * D, p * H, p * W)
+
+
+def between(low):
+    """Stage 2's low-resolution input, interpolated between the voxels that it was taken from, every fourth; beyond the
+    last, as at that.   low: (B,C,D,H,W), as `data.upsample` makes it   -> the same"""
+    return interpolated(low[..., ::SCALE, ::SCALE, ::SCALE], low.shape[2:])
+
+
+def places_of(x, p):
+    """Where the cubes of p^3 = 2^3 voxels lie among the voxels that a low-resolution volume was taken from: -1 or 1
+    along each axis.   x: (B,C,D,H,W)   -> (B,3,D/p,H/p,W/p)"""
+    axes = [torch.arange(n // p, device=x.device) * p % SCALE - 1.0 for n in x.shape[2:]]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(x), -1, -1, -1, -1)
 
 
 class Extended(UNet3D):
@@ -119,36 +134,49 @@ class Sharp(Extended):
     smooth tissue is not, whose noise would come with it. The head knows the time. D, of a Block of `fine` channels on
     voxels that sees [xt, F, log s, features], mends the average.
 
+    In stage 2 an `anchored` network adds to its low-resolution volume: F is that, interpolated between the voxels that
+    it was taken from (`between`), and what the network says. It sees it so too, and the place of each cube among these
+    voxels, so it need not learn to copy, and knows where there is something to add. Its head is twice as wide.
+
     sharp: always True; among the arguments in a file of weights it tells this form from Extended   fine: width of that
     Block, 0 for none   std: s of each channel to begin with, `statistics`
     """
 
-    def __init__(self, dim, sharp=True, fine=0, std=(0.2,) * 4, **args):
+    def __init__(self, dim, sharp=True, fine=0, anchored=False, std=(0.2,) * 4, **args):
         super().__init__(dim, **args)
         cin, cout, cube, wide = self.args["in_channels"], self.args["out_channels"], self.patch**3, self.out.in_features
-        self.args |= dict(sharp=sharp, fine=fine)
+        self.args |= dict(sharp=sharp, fine=fine) | (dict(anchored=True) if anchored else {})
         self.register_buffer("std", torch.tensor(std))                   # weights carry it along
-        self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
+        places, wide = (3, 2 * wide) if anchored else (0, wide)
+        if anchored:
+            self.stem = Stem(cin + places, dim, 7, padding=3)
+        self.head = Block(2 * dim + cin * cube + places, wide, 4 * dim)
         self.out = Last(wide, (2 * cout + fine) * cube)
+        if anchored:                                     # at first it adds nothing
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
         if fine:
             self.fine = Block(cin + 2 * cout + fine, fine, 4 * dim, volume=True)
             self.detail = Last(fine, cout)
         lay_out_weights(self)
 
     def forward(self, xt, t, context=None, drop=None):
-        context = self.text(context, drop, len(xt))
+        context, n, places = self.text(context, drop, len(xt)), self.args["out_channels"], []
         temb = self.embed(t, context)
-        cubes, n = lay_out(to_depth(xt, self.patch)), self.args["out_channels"]          # (B,8C,D/2,H/2,W/2)
-        stem = self.stem(self.squeeze(cubes))
-        x = self.join(self.body(stem, temb, context), stem, cubes)
+        if self.args.get("anchored"):
+            xt = torch.cat([between(xt[:, :n]), xt[:, n:]], 1)
+            places.append(lay_out(places_of(xt, self.patch)))
+        cubes = lay_out(to_depth(xt, self.patch))                        # (B,8C,D/2,H/2,W/2)
+        stem = self.stem(torch.cat([self.squeeze(cubes), *places], 1))
+        x = self.join(self.body(stem, temb, context), stem, cubes, *places)
         del stem, cubes
         x = self.head(x, temb)
         x = to_space(self.out(x), self.patch)                            # (B,4+4+fine,D,H,W)
-        D = None
+        F, D = x[:, :n] + xt[:, :n] if places else x[:, :n], None
         if self.args["fine"]:
             x = lay_out(x)
             D = self.detail(self.fine(self.join(lay_out(xt), x), temb))
-        return self.average(xt[:, -n:], t, x[:, :n], x[:, n:2 * n], D)
+        return self.average(xt[:, -n:], t, F, x[:, n:2 * n], D)
 
     def average(self, xt, t, F, log_s, D=None):
         """-> x0_hat, in float32.   log_s: less what it was to begin with   all: (B,4,D,H,W)"""

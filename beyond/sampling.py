@@ -86,12 +86,18 @@ def agree(x0_hat, low):
     voxel and A^+ interpolates.   x0_hat, low: (B,4,D,H,W)   -> (B,4,D,H,W), CT in [-1,1]
     """
     ct, low = (x[:, :1, ::SCALE, ::SCALE, ::SCALE] for x in (x0_hat, low))
-    change = F.pad((low - ct).clamp(-FAINT, FAINT), (0, 1) * 3, mode="replicate")        # beyond the last: as at that
-    size = [SCALE * (n - 1) + 1 for n in change.shape[2:]]
-    change = F.interpolate(change, size, mode="trilinear", align_corners=True)
-    D, H, W = x0_hat.shape[2:]
-    change = change[..., :D, :H, :W] * (x0_hat[:, :1] > float(encode("ct", AERATED)))
+    change = interpolated((low - ct).clamp(-FAINT, FAINT), x0_hat.shape[2:])
+    change = change * (x0_hat[:, :1] > float(encode("ct", AERATED)))
     return torch.cat([(x0_hat[:, :1] + change).clamp(-1, 1), x0_hat[:, 1:]], dim=1)
+
+
+def interpolated(x, size):
+    """What is known at every fourth voxel, at all of them; beyond the last, as at that.   x: (B,C,d,h,w)
+    size: D, H, W   -> (B,C,D,H,W)"""
+    x = F.pad(x, (0, 1) * 3, mode="replicate")
+    x = F.interpolate(x, [SCALE * (n - 1) + 1 for n in x.shape[2:]], mode="trilinear", align_corners=True)
+    D, H, W = size
+    return x[..., :D, :H, :W]
 
 
 # --- after sampling ---

@@ -25,6 +25,7 @@ DEMO = train_sr.DEMO | dict(windows=0.4, bullae=0.5, given=0.5, cool=1.0, agree=
 
 @dataclass
 class Config(Tricks, train_sr.Config):
+    anchored: bool = arg(False, "with --sharp: the network adds to its low-resolution volume, interpolated")
     agree: bool = arg(False, "the weights' samples are moved to stage 1's HU, by at most 81 (sampling.json)")
     validated: ClassVar = dict(windows=0.0, given=0.0, augment=0.4)
     presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO,
@@ -35,8 +36,10 @@ class Config(Tricks, train_sr.Config):
 
 
 def sr_net(cfg, dataset):
+    if cfg.anchored and not cfg.sharp:
+        raise ValueError("--anchored without --sharp; it is a part of those networks; pass --patch 2 --sharp")
     net = make_net(cfg, dataset, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels,
-                   bottom=cfg.bottom)
+                   bottom=cfg.bottom, **(dict(anchored=True) if cfg.anchored else {}))
     if cfg.init and is_new(cfg.out):
         begin_from(cfg.init, "sr", net)
     return net

@@ -8,7 +8,7 @@ from torch import nn
 from beyond.sampling import interpolated
 from data import SCALE
 from diffusion import alpha_bar
-from support.fast import Last, Pointwise, Stem, attention, lay_out, lay_out_weights
+from support.fast import Last, Pointwise, attention, lay_out, lay_out_weights
 from support.weights import read_init
 from unet3d import HEAD_DIM, Block, UNet3D
 
@@ -54,13 +54,6 @@ def between(low):
     """Stage 2's low-resolution input, interpolated between the voxels that it was taken from, every fourth; beyond the
     last, as at that.   low: (B,C,D,H,W), as `data.upsample` makes it   -> the same"""
     return interpolated(low[..., ::SCALE, ::SCALE, ::SCALE], low.shape[2:])
-
-
-def places_of(x, p):
-    """Where the cubes of p^3 = 2^3 voxels lie among the voxels that a low-resolution volume was taken from: -1 or 1
-    along each axis.   x: (B,C,D,H,W)   -> (B,3,D/p,H/p,W/p)"""
-    axes = [torch.arange(n // p, device=x.device) * p % SCALE - 1.0 for n in x.shape[2:]]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(x), -1, -1, -1, -1)
 
 
 class Extended(UNet3D):
@@ -135,8 +128,8 @@ class Sharp(Extended):
     voxels that sees [xt, F, log s, features], mends the average.
 
     In stage 2 an `anchored` network adds to its low-resolution volume: F is that, interpolated between the voxels that
-    it was taken from (`between`), and what the network says. It sees it so too, and the place of each cube among these
-    voxels, so it need not learn to copy, and knows where there is something to add. Its head is twice as wide.
+    it was taken from (`between`), and what the network says. It sees it so too, and need not learn to copy it. Its head
+    is twice as wide.
 
     sharp: always True; among the arguments in a file of weights it tells this form from Extended   fine: width of that
     Block, 0 for none   std: s of each channel to begin with, `statistics`
@@ -147,10 +140,8 @@ class Sharp(Extended):
         cin, cout, cube, wide = self.args["in_channels"], self.args["out_channels"], self.patch**3, self.out.in_features
         self.args |= dict(sharp=sharp, fine=fine) | (dict(anchored=True) if anchored else {})
         self.register_buffer("std", torch.tensor(std))                   # weights carry it along
-        places, wide = (3, 2 * wide) if anchored else (0, wide)
-        if anchored:
-            self.stem = Stem(cin + places, dim, 7, padding=3)
-        self.head = Block(2 * dim + cin * cube + places, wide, 4 * dim)
+        wide *= 2 if anchored else 1
+        self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
         self.out = Last(wide, (2 * cout + fine) * cube)
         if anchored:                                     # at first it adds nothing
             nn.init.zeros_(self.out.weight)
@@ -161,18 +152,17 @@ class Sharp(Extended):
         lay_out_weights(self)
 
     def forward(self, xt, t, context=None, drop=None):
-        context, n, places = self.text(context, drop, len(xt)), self.args["out_channels"], []
+        context, n, anchored = self.text(context, drop, len(xt)), self.args["out_channels"], "anchored" in self.args
         temb = self.embed(t, context)
-        if self.args.get("anchored"):
+        if anchored:
             xt = torch.cat([between(xt[:, :n]), xt[:, n:]], 1)
-            places.append(lay_out(places_of(xt, self.patch)))
         cubes = lay_out(to_depth(xt, self.patch))                        # (B,8C,D/2,H/2,W/2)
-        stem = self.stem(torch.cat([self.squeeze(cubes), *places], 1))
-        x = self.join(self.body(stem, temb, context), stem, cubes, *places)
+        stem = self.stem(self.squeeze(cubes))
+        x = self.join(self.body(stem, temb, context), stem, cubes)
         del stem, cubes
         x = self.head(x, temb)
         x = to_space(self.out(x), self.patch)                            # (B,4+4+fine,D,H,W)
-        F, D = x[:, :n] + xt[:, :n] if places else x[:, :n], None
+        F, D = x[:, :n] + xt[:, :n] if anchored else x[:, :n], None
         if self.args["fine"]:
             x = lay_out(x)
             D = self.detail(self.fine(self.join(lay_out(xt), x), temb))

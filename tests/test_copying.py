@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import beyond.train_low
 import copying
-from beyond.nets import Extended, Sharp, places_of, sharpened, statistics, to_depth, to_space
+from beyond.nets import Extended, Sharp, sharpened, statistics, to_depth, to_space
 from data import CHANNELS, cases, encode, upsample
 from diffusion import alpha_bar, loss, q_sample
 from support.slabs import by_slabs
@@ -103,14 +103,6 @@ def test_an_anchored_one_begins_as_its_low_resolution_volume_interpolated(volume
     assert error(made[every], low[every]) < 0.01
     middle = (low[..., :-4:4, ::4, ::4] + low[..., 4::4, ::4, ::4]) / 2
     assert error(made[..., 2:-4:4, ::4, ::4], middle) < 0.01
-
-
-def test_an_anchored_one_knows_a_cube_s_place_among_the_voxels_of_low():
-    found = places_of(torch.zeros(2, 1, 8, 4, 12), 2)
-    assert found.shape == (2, 3, 4, 2, 6) and torch.equal(found[0], found[1])
-    for i, n in enumerate((4, 2, 6)):
-        along = found[0, i].movedim(i, 0).flatten(1)
-        assert torch.equal(along[:, 0], torch.tensor([-1.0, 1.0] * (n // 2))) and (along == along[:, :1]).all()
 
 
 @pytest.mark.parametrize("fine", [0, 8])

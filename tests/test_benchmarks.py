@@ -50,6 +50,7 @@ def test_every_case_is_a_line_with_its_ratio_to_the_reference(monkeypatch, capsy
         assert r["peak_mb"] == r["reference_peak_mb"] == 1 and r["tflop"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ours", "ours blocks", "ours light"])
 def test_every_form_of_ours_is_trained(monkeypatch, form):
     monkeypatch.setattr(bench, "CASES", {"H_16_step": ("H", (1, 16, 16, 16), "step", True)})

@@ -198,6 +198,7 @@ def test_threshold_segmenters_find_what_the_phantom_has():
     assert ctr(heart, thorax, A) == pytest.approx(case["truth"]["ctr"], abs=0.03)
 
 
+@pytest.mark.slow
 def test_thresholds_segment_the_ct_whatever_mask_lies_beside_it(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     case = tmp_path / "bare/case0"
@@ -422,6 +423,7 @@ def test_fid_command_prints_the_floor_and_keeps_features(folders, tmp_path, monk
     evaluate.main(command)
 
 
+@pytest.mark.slow
 def test_augment_tells_classes_apart(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [f"{folders}/{g}/case{i}/ct.nii.gz,{g}\n" for g in ("well", "ill") for i in range(3)] * 2

@@ -120,6 +120,7 @@ def numbered(key):
     return f"backbone.{dict(conv1=0, bn1=1, layer1=4, layer2=5, layer3=6, layer4=7)[first]}.{rest}"
 
 
+@pytest.mark.slow
 def test_radimagenets_files_load_with_the_input_that_each_was_trained_on(tmp_path):
     grey = {}
     for name, net, rename in (("own", ResNet50, numbered), ("keras", lambda: ResNet50(keras=True), str),
@@ -158,6 +159,7 @@ def sets(phantoms, tmp_path, monkeypatch):
         shutil.copytree(one, tmp_path / f"same/{i}")
 
 
+@pytest.mark.slow
 def test_fid_of_slices_prints_each_axis_their_mean_and_the_floor(package, sets, capsys):
     evaluate.main(["fid", "real", "real", "--features", "2.5d", "--edge", "16", "--device", "cpu"])
     out = capsys.readouterr().out

@@ -336,6 +336,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, monkeypa
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_text_encoder_holds_out_whom_the_split_holds_out(phantoms, tmp_path):
     cases = tmp_path / "cases"
     for i, case in enumerate(data.cases(phantoms) * 3):

@@ -240,6 +240,7 @@ def test_160_steps_on_one_case_give_that_case_back(phantoms, tmp_path):
     assert (made - x0).square().mean() < 0.01 < x0.var() / 10
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_constant(phantoms, tmp_path):
     low(phantoms, tmp_path, "--steps", 2, "--lr", 1e-3)
     assert weights(tmp_path)["opt"]["param_groups"][0]["lr"] == 1e-3

@@ -102,7 +102,8 @@ def test_guidance_is_taught_within_its_interval_to_samples_with_text(model, tmp_
     assert (got - wanted).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind, more", [("low", []), pytest.param("sr", ["--crop", "16,16,16"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind, more", [
+    ("low", []), pytest.param("sr", ["--crop", "16,16,16"], marks=pytest.mark.slow)])
 def test_a_student_is_trained_goes_on_and_is_sampled_as_it_says(chests, model, tmp_path, fails, kind, more):
     command = [*TINY, "--kind", kind, "--teacher", model, "--data", chests, "--calls", 4, *more]
     for steps in (1, 2):

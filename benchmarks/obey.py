@@ -2,6 +2,10 @@
 measured by evaluate.py.
 
     python benchmarks/obey.py --model checkpoints/demo    # an hour and a half on two cores; --parts text for one part
+    sh benchmarks/tables.sh                               # of both shipped models, as docs/measuring.md has them
+
+What was measured with these weights, on this seed and in these steps, stands, and is not measured again.
+
 
 reading       what stage 1 could know: findings of a report read off its text states by a small attention network, in
               the sentences of training and in others; beside it the states of the same BERT with random weights (table
@@ -41,7 +45,7 @@ from support.checks import array_of
 from support.cli import Parser, choose_device, exits, keep_memory
 from support.files import write_atomic
 from support.pictures import dots
-from support.sampling import check_sampling, ready
+from support.sampling import SAMPLING, check_sampling, ready
 from support.weights import load_stages
 from unet3d import Block, UNet3D
 
@@ -297,6 +301,11 @@ def run(args):
     store = args.out / "obey.json"
     found = json.loads(store.read_text()) if store.exists() else {}      # parts may be run one by one
     for part in (p for p in PARTS if p in args.parts):
+        asked = dict(weights=model.sha256, sampling={k: model.s.get(k) for k in SAMPLING}, seed=args.seed, n=args.n,
+                     n_full=args.n_full)
+        if found.get(part, {}).get("asked") == json.loads(json.dumps(asked)):
+            print(f"{part}: was measured so already; it stands in {store}")
+            continue
         if part == "text":
             table, values = text(model, args.n)
             dots(args.out / "obey.png", values)
@@ -317,7 +326,7 @@ def run(args):
         else:
             table = {"anatomy": anatomy, "segmentation": segmentation}[part](model, args.n_full)
         arguments = {k: v for k, v in vars(args).items() if k != "out"}
-        found[part] = dict(table=table, step=model.step, arguments=arguments, sampling=model.s)
+        found[part] = dict(table=table, step=model.step, asked=asked, arguments=arguments, sampling=model.s)
         write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode())
     print(f"wrote {', '.join(args.parts)} to {store}")
 
@@ -331,12 +340,13 @@ def main(argv=None):
     p.add_argument("--n-full", type=int, default=8,
                    help="phantoms, or samples a prompt, in the parts that need stage 2")
     p.add_argument("--data", default="data/train", help="the phantoms of the training, for `memory`")
-    p.add_argument("--guidance", type=float, default=4.0)
-    p.add_argument("--guidance-interval", dest="interval", nargs=2, type=float, default=(0.8, 1.0),
-                   metavar=("FROM", "TO"), help="times t at which it is applied")
-    p.add_argument("--solver", choices=("ddim", "dpm"), default="dpm")
-    p.add_argument("--low-steps", type=int, default=20)
-    p.add_argument("--sr-steps", type=int, default=8)
+    p.add_argument("--guidance", type=float, help="this and what follows: default the model's own, as its "
+                                                  "sampling.json says")
+    p.add_argument("--guidance-interval", dest="interval", nargs=2, type=float, metavar=("FROM", "TO"),
+                   help="times t at which it is applied")
+    p.add_argument("--solver", choices=("ddim", "dpm"))
+    p.add_argument("--low-steps", type=int)
+    p.add_argument("--sr-steps", type=int)
     p.add_argument("--agree", action=argparse.BooleanOptionalAction, help="as in sample.py")
     p.add_argument("--seed", type=int, default=90_000,
                    help="of the first held-out phantom, far from those of the training; "
@@ -344,12 +354,12 @@ def main(argv=None):
     p.add_argument("--device", help="cuda or cpu; default whichever is there")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks",
                    help="where obey.json, obey.png and obey_full.png appear")
-    p.set_defaults(plain=False, tidy=True, amp=None, compile=None, slab=0)       # as sample.py's
+    p.set_defaults(plain=False, amp=None, compile=None, slab=0)          # as sample.py's
     args = p.parse_args(argv)
     with exits():
-        if min(args.n, args.n_full, args.low_steps, args.sr_steps) < 3:
-            raise ValueError(f"--n {args.n}, --n-full {args.n_full}, --low-steps {args.low_steps}, --sr-steps "
-                             f"{args.sr_steps}; at least 3 each, so that every finding is asked for; raise them")
+        if min(args.n, args.n_full) < 3:
+            raise ValueError(f"--n {args.n}, --n-full {args.n_full}; at least 3 each, so that every finding is asked "
+                             "for; raise them")
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed}; a seed is not negative; change it")
         check_sampling(vars(args))

@@ -109,6 +109,16 @@ def test_memory_is_that_of_a_process_of_its_own():
         bench.on_cpu("no such case", "ours", 8)
 
 
+def test_a_part_is_measured_once_for_its_weights_and_arguments(model, monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(obey, "detail", lambda m, n: asked.append((m.s["sr_steps"], n)) or {"stage 2": {"dice": 0.5}})
+    command = ["--model", str(model), "--parts", "detail", "--device", "cpu", "--out", str(tmp_path)]
+    for more in ([], [], ["--n-full", "3"], ["--sr-steps", "3"], ["--sr-steps", "3"], []):
+        obey.main([*command, *more])
+    assert asked == [(20, 8), (20, 3), (3, 8), (20, 8)] and capsys.readouterr().out.count("already") == 2
+    assert json.loads((tmp_path / "obey.json").read_text())["detail"]["table"] == {"stage 2": {"dice": 0.5}}
+
+
 @pytest.mark.slow
 def test_steps_are_measured_for_both_stages_and_not_twice(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(steps, "STEPS", {"stage 1": (2,), "stage 2": (1, 2)})

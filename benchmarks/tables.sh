@@ -1,9 +1,9 @@
 #!/bin/sh
 # All tables of docs/measuring.md and docs/speed.md that hang on the shipped weights, in the steps that these name:
 #     sh benchmarks/tables.sh                  # both models; or one: sh benchmarks/tables.sh demo
-# Some eight hours of one core for demo-256, three for demo. Stop it at any time: what stands in the JSON files for these
-# weights is not measured again. Training phantoms for `memory`: MEMORY (default data/train, data/train256); without
-# them that part is left out.
+# Hours; it has not run as a whole yet. Stop it at any time: what stands in the JSON files for these weights is not
+# measured again. Training phantoms for `memory`: MEMORY (default data/train, data/train256); without them that part is
+# left out.
 set -u
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}

@@ -148,12 +148,12 @@ class Cases(Dataset):
     """A shuffled sequence of cases without end (its len is one epoch): item k is decided by (seed, k) alone, so a run
     resumes anywhere exactly. The 4 below are fewer with fewer `channels`.
     crop None: k, x0 = low.npy (4,g,g,g) in [-1,1], text.npy (N,width)          for stage 1, about 2 MB a case
-    crop (d,h,w): k, x0 (4,d,h,w), low (4,d,h,w) by nearest from the low grid   for stage 2, reads the crop only
+    crop (d,h,w): k, x0 (4,d,h,w), low (4,d,h,w) by nearest from the low grid   for stage 2, at multiples of `step`
     If any case lacks a mask or a report, also `has`, (5,) bool: channels, text. What a case lacks is 0.
     """
 
-    def __init__(self, folders, seed, crop=None, channels=CHANNELS):
-        self.folders, self.seed, self.crop, self.channels = folders, seed, crop, channels
+    def __init__(self, folders, seed, crop=None, channels=CHANNELS, step=1):
+        self.folders, self.seed, self.crop, self.channels, self.step = folders, seed, crop, channels, step
         complete(folders, (*channels, "low") if crop else ("low", "text"), stage=2 if crop else 1)
         one_size(folders, ("low",) if crop else ("low", "text"))
         self.has = {case: [c in it for c in (*channels, "text")] for case, it in zip(folders, map(has, folders))}
@@ -183,7 +183,7 @@ class Cases(Dataset):
             text = np.load(case / "text.npy") if there[-1] else np.zeros(self.text_shape)
             return k, low, torch.from_numpy(text.astype(np.float32)), *more
         rng = np.random.default_rng((self.seed, 1, k))
-        start = [int(rng.integers(self.grid - size + 1)) for size in self.crop]
+        start = [self.step * int(rng.integers((self.grid - size) // self.step + 1)) for size in self.crop]
         box = tuple(slice(a, a + size) for a, size in zip(start, self.crop))
         d, h, w = (np.arange(a, a + size) // SCALE for a, size in zip(start, self.crop))
         x0 = torch.zeros(len(rows), *self.crop)

@@ -80,7 +80,7 @@ def sr_loss(cfg, net, batch):
 def sr_samples(cfg, net, dataset, device):
     """A held-out case (at most 128^3 of it), its low-resolution volume, the sample made of that.   -> these, titles"""
     crop = (min(128, dataset.grid) // cfg.multiples()[1] * cfg.multiples()[1],) * 3
-    key, x0, low, *_ = Cases(dataset.folders[:1], 0, crop, dataset.channels)[0]
+    key, x0, low, *_ = Cases(dataset.folders[:1], 0, crop, dataset.channels, dataset.step)[0]
     _, _, eps = draw(torch.tensor([key]), x0.shape, device, cfg.seed)
     made = ddim_sample(beside(net, low[None].to(device)), eps, times(10))[0].cpu()
     return [x0, low, made], ["held out", "its low resolution", "sample"]

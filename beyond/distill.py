@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader
 
 import train_low
 from beyond.losses import choose_given, draw_given
+from beyond.train_sr import placed_data
 from diffusion import alpha_bar, ddim_sample, ddim_step, q_sample, times
 from support.cli import exits
 from support.options import arg, parse
 from support.sampling import how_to_sample
 from support.weights import describe, load_stages
 from train_low import draw, low_data, run
-from train_sr import augment_low, sr_data
+from train_sr import augment_low
 from unet3d import UNet3D
 
 DEMO = dict(batch=4, micro=4, lr=3e-4, steps=600, ema=0.98, ema_start=50, holdout=32, checkpointing="none", workers=1,
@@ -47,6 +48,7 @@ class Config(train_low.Common):
     dim: ClassVar = 0
     levels: ClassVar = 0
     patch: ClassVar = 1
+    anchored: ClassVar = False
     asked: ClassVar = {}
     # nor these, which a copy of the teacher does not need
     heads: ClassVar = 0
@@ -124,6 +126,7 @@ class Teacher:
         self.net.eval().requires_grad_(False)
         cfg.asked = self.asked = how_to_sample({cfg.kind: stages[cfg.kind]})
         cfg.channels, cfg.patch = ",".join(about["channels"]), self.net.args.get("patch", 1)
+        cfg.anchored = "anchored" in self.net.args
         cfg.dim, cfg.levels = self.net.args["dim"], self.net.args["levels"]
         cfg.crop = cfg.crop or about["provenance"]["config"].get("crop", "")
         self.shown = cfg.kind in self.asked.get("shown", ())
@@ -190,7 +193,7 @@ def main(argv=None):
     with exits():
         cfg = parse(Config, __doc__, argv)
         teacher = Teacher(cfg)
-        data, loss = dict(low=(low_data, teacher.low_loss), sr=(sr_data, teacher.sr_loss))[cfg.kind]
+        data, loss = dict(low=(low_data, teacher.low_loss), sr=(placed_data, teacher.sr_loss))[cfg.kind]
         run(cfg, data, teacher.student, loss, samples)
 
 

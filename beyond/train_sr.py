@@ -14,6 +14,7 @@ import train_sr
 from beyond.losses import choose_given, draw_given, loss, misplace
 from beyond.nets import begin_from
 from beyond.train_low import Tricks, make_net
+from data import SCALE
 from support.cli import exits
 from support.options import arg, parse
 from support.runs import is_new
@@ -33,6 +34,16 @@ class Config(Tricks, train_sr.Config):
 
     def sampling(self):
         return super().sampling() | self.shown() | dict(tidy=True) | ({"agree": True} if self.agree else {})
+
+
+def placed_data(cfg):
+    """`train_sr.sr_data`. Crops for an anchored network begin at voxels that `low` was taken from, as whole volumes do:
+    at any others it would not know where these lie."""
+    data = sr_data(cfg)
+    for dataset in data:
+        if dataset and cfg.anchored:
+            dataset.step = SCALE
+    return data
 
 
 def sr_net(cfg, dataset):
@@ -62,7 +73,7 @@ def sr_loss(cfg, net, batch):
 
 def main(argv=None):
     with exits():
-        run(parse(Config, __doc__, argv), sr_data, sr_net, sr_loss, sr_samples)
+        run(parse(Config, __doc__, argv), placed_data, sr_net, sr_loss, sr_samples)
 
 
 if __name__ == "__main__":

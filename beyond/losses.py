@@ -13,16 +13,12 @@ PLACES = 3                               # along each axis, at which `misplace` 
 
 
 def loss(denoise, x0, t, eps, given=None, windows=0.0, bullae=0.0):
-    """`diffusion.loss`, and: given (B,4) bool, channels that are shown without noise, and not asked for: while sampling
-    they are held (sec. 4.4), and a network that is to return what it is shown lets noise through where it is shown
-    noise; windows, weight of `window_loss`."""
+    """`diffusion.loss`, and: given (B,4) bool, channels that are shown without noise; windows, weight of
+    `window_loss`."""
     xt = q_sample(x0, t, eps)
     if given is not None:
-        given = given[..., None, None, None]
-        xt = torch.where(given, x0, xt)
+        xt = torch.where(given[..., None, None, None], x0, xt)
     x0_hat = denoise(xt, t)
-    if given is not None:
-        x0_hat = torch.where(given, x0, x0_hat)
     value = (x0_hat - x0).square().mean()
     return value + windows * window_loss(x0_hat, x0, t, bullae) if windows else value
 

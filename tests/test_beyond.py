@@ -258,20 +258,6 @@ def test_given_channels_are_seen_without_noise_the_others_with_it():
     assert torch.equal(seen[0][1, [1, 3]], x0[1, [1, 3]]) and torch.equal(seen[0][1, [0, 2]], xt[1, [0, 2]])
 
 
-def test_given_channels_are_not_asked_for():
-    x0, eps = torch.randn(2, 2, 4, 4, 4, 4)
-    t, given = torch.tensor([0.3, 0.8]), torch.tensor([[True, False, False, False], [False, True, False, True]])
-    wrong = torch.where(given[..., None, None, None], 5.0, x0)           # in these channels alone
-    assert losses.loss(lambda x, t: wrong, x0, t, eps, given) == 0
-    value = losses.loss(lambda x, t: wrong + 1, x0, t, eps, given)
-    assert value.item() == pytest.approx(1 - 3 / 8)
-    assert losses.loss(lambda x, t: wrong, x0, t, eps) > 1
-    ct = torch.zeros(1, 4, 4, 4, 4)                                      # nor by the windows
-    off, first = ct + 0.1 * torch.eye(4)[0].reshape(1, 4, 1, 1, 1), torch.tensor([[True, False, False, False]])
-    assert losses.loss(lambda x, t: off, ct, t[:1], torch.zeros_like(ct), windows=1.0) > 0
-    assert losses.loss(lambda x, t: off, ct, t[:1], torch.zeros_like(ct), first, windows=1.0) == 0
-
-
 def test_without_tricks_the_loss_is_the_papers():
     x0, eps = torch.randn(2, 2, 4, 2, 4, 4)
     t = torch.tensor([0.3, 0.8])

@@ -2,15 +2,14 @@
 # All tables of docs/measuring.md and docs/speed.md that hang on the shipped weights, in the steps that these name:
 #     sh benchmarks/tables.sh                  # both models; or one: sh benchmarks/tables.sh demo
 # Hours; it has not run as a whole yet. Stop it at any time: what stands in the JSON files for these weights is not
-# measured again. Training phantoms for `memory`: MEMORY (default data/train, data/train256); without them that part is
-# left out.
+# measured again. Without the training phantoms, in data/train and data/train256, `memory` is left out.
 set -u
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
 for model in ${*:-demo demo-256}; do
     case $model in
-        demo) out=benchmarks full=16 detail=12 memory=${MEMORY:-data/train} ;;
-        demo-256) out=benchmarks/obey-256 full=3 detail=4 memory=${MEMORY:-data/train256} ;;
+        demo) out=benchmarks full=16 detail=12 memory=data/train ;;
+        demo-256) out=benchmarks/obey-256 full=3 detail=4 memory=data/train256 ;;
         *) echo "usage: sh benchmarks/tables.sh [demo] [demo-256]" >&2; exit 2 ;;
     esac
     obey() { $PY benchmarks/obey.py --model checkpoints/$model --seed 500000 --out $out "$@" || exit; }

@@ -50,12 +50,6 @@ def to_space(x, p):
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(B, C // p**3, p * D, p * H, p * W)
 
 
-def between(low):
-    """Stage 2's low-resolution input, interpolated between the voxels that it was taken from, every fourth; beyond the
-    last, as at that.   low: (B,C,D,H,W), as `data.upsample` makes it   -> the same"""
-    return interpolated(low[..., ::SCALE, ::SCALE, ::SCALE], low.shape[2:])
-
-
 class Extended(UNet3D):
     """UNet3D, and
 
@@ -128,7 +122,7 @@ class Sharp(Extended):
     voxels that sees [xt, F, log s, features], mends the average.
 
     In stage 2 an `anchored` network adds to its low-resolution volume: F is that, interpolated between the voxels that
-    it was taken from (`between`), and what the network says. It sees it so too, and need not learn to copy it. Its head
+    it was taken from, and what the network says. It sees it so too, and need not learn to copy it. Its head
     is twice as wide.
 
     sharp: always True; among the arguments in a file of weights it tells this form from Extended   fine: width of that
@@ -155,14 +149,15 @@ class Sharp(Extended):
         context, n, anchored = self.text(context, drop, len(xt)), self.args["out_channels"], "anchored" in self.args
         temb = self.embed(t, context)
         if anchored:
-            xt = torch.cat([between(xt[:, :n]), xt[:, n:]], 1)
+            low = interpolated(xt[:, :n, ::SCALE, ::SCALE, ::SCALE], xt.shape[2:])       # not by nearest
+            xt = torch.cat([low, xt[:, n:]], 1)
         cubes = lay_out(to_depth(xt, self.patch))                        # (B,8C,D/2,H/2,W/2)
         stem = self.stem(self.squeeze(cubes))
         x = self.join(self.body(stem, temb, context), stem, cubes)
         del stem, cubes
         x = self.head(x, temb)
         x = to_space(self.out(x), self.patch)                            # (B,4+4+fine,D,H,W)
-        F, D = x[:, :n] + xt[:, :n] if anchored else x[:, :n], None
+        F, D = x[:, :n] + low if anchored else x[:, :n], None
         if self.args["fine"]:
             x = lay_out(x)
             D = self.detail(self.fine(self.join(lay_out(xt), x), temb))

@@ -38,9 +38,9 @@ def sharp(volumes, fine, **more):
     return Sharp(8, fine=fine, std=statistics([(0, x) for x in volumes], 2), **OPTIONS, **more)
 
 
-def beside_low(volumes, **more):
+def beside_low(volumes):
     """A network of stage 2, and what it sees of the first chest beside noise.   -> net, (1,8,32,32,32), its low half"""
-    net, low = sharp(volumes, 0, in_channels=8, anchored=True, **more), upsample(volumes[:1, ..., ::4, ::4, ::4])
+    net, low = sharp(volumes, 0, in_channels=8, anchored=True), upsample(volumes[:1, ..., ::4, ::4, ::4])
     noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(0))
     return net.eval(), torch.cat([low, noise], 1), low
 

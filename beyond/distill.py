@@ -48,7 +48,6 @@ class Config(train_low.Common):
     dim: ClassVar = 0
     levels: ClassVar = 0
     patch: ClassVar = 1
-    anchored: ClassVar = False
     asked: ClassVar = {}
     # nor these, which a copy of the teacher does not need
     heads: ClassVar = 0
@@ -126,7 +125,6 @@ class Teacher:
         self.net.eval().requires_grad_(False)
         cfg.asked = self.asked = how_to_sample({cfg.kind: stages[cfg.kind]})
         cfg.channels, cfg.patch = ",".join(about["channels"]), self.net.args.get("patch", 1)
-        cfg.anchored = "anchored" in self.net.args
         cfg.dim, cfg.levels = self.net.args["dim"], self.net.args["levels"]
         cfg.crop = cfg.crop or about["provenance"]["config"].get("crop", "")
         self.shown = cfg.kind in self.asked.get("shown", ())

@@ -5,8 +5,6 @@ import math
 import torch
 from torch import nn
 
-from beyond.sampling import interpolated
-from data import SCALE
 from diffusion import alpha_bar
 from support.fast import Last, Pointwise, attention, lay_out, lay_out_weights
 from support.weights import read_init
@@ -121,43 +119,32 @@ class Sharp(Extended):
     smooth tissue is not, whose noise would come with it. The head knows the time. D, of a Block of `fine` channels on
     voxels that sees [xt, F, log s, features], mends the average.
 
-    In stage 2 an `anchored` network adds to its low-resolution volume: F is that, interpolated between the voxels that
-    it was taken from, and what the network says. It sees it so too, and need not learn to copy it. Its head
-    is twice as wide.
-
     sharp: always True; among the arguments in a file of weights it tells this form from Extended   fine: width of that
     Block, 0 for none   std: s of each channel to begin with, `statistics`
     """
 
-    def __init__(self, dim, sharp=True, fine=0, anchored=False, std=(0.2,) * 4, **args):
+    def __init__(self, dim, sharp=True, fine=0, std=(0.2,) * 4, **args):
         super().__init__(dim, **args)
         cin, cout, cube, wide = self.args["in_channels"], self.args["out_channels"], self.patch**3, self.out.in_features
-        self.args |= dict(sharp=sharp, fine=fine) | (dict(anchored=True) if anchored else {})
+        self.args |= dict(sharp=sharp, fine=fine)
         self.register_buffer("std", torch.tensor(std))                   # weights carry it along
-        wide *= 2 if anchored else 1
         self.head = Block(2 * dim + cin * cube, wide, 4 * dim)
         self.out = Last(wide, (2 * cout + fine) * cube)
-        if anchored:                                     # at first it adds nothing
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
         if fine:
             self.fine = Block(cin + 2 * cout + fine, fine, 4 * dim, volume=True)
             self.detail = Last(fine, cout)
         lay_out_weights(self)
 
     def forward(self, xt, t, context=None, drop=None):
-        context, n, anchored = self.text(context, drop, len(xt)), self.args["out_channels"], "anchored" in self.args
+        context, n = self.text(context, drop, len(xt)), self.args["out_channels"]
         temb = self.embed(t, context)
-        if anchored:
-            low = interpolated(xt[:, :n, ::SCALE, ::SCALE, ::SCALE], xt.shape[2:])       # not by nearest
-            xt = torch.cat([low, xt[:, n:]], 1)
         cubes = lay_out(to_depth(xt, self.patch))                        # (B,8C,D/2,H/2,W/2)
         stem = self.stem(self.squeeze(cubes))
         x = self.join(self.body(stem, temb, context), stem, cubes)
         del stem, cubes
         x = self.head(x, temb)
         x = to_space(self.out(x), self.patch)                            # (B,4+4+fine,D,H,W)
-        F, D = x[:, :n] + low if anchored else x[:, :n], None
+        F, D = x[:, :n], None
         if self.args["fine"]:
             x = lay_out(x)
             D = self.detail(self.fine(self.join(lay_out(xt), x), temb))

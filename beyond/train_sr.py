@@ -26,7 +26,6 @@ DEMO = train_sr.DEMO | dict(windows=0.4, bullae=0.5, given=0.5, cool=1.0, agree=
 
 @dataclass
 class Config(Tricks, train_sr.Config):
-    anchored: bool = arg(False, "with --sharp: the network adds to its low-resolution volume, interpolated")
     agree: bool = arg(False, "the weights' samples are moved to stage 1's HU, by at most 81 (sampling.json)")
     validated: ClassVar = dict(windows=0.0, given=0.0, augment=0.4)
     presets: ClassVar = {"paper": {}, "light": dict(patch=2, crop="256,80,80"), "demo": DEMO,
@@ -37,20 +36,18 @@ class Config(Tricks, train_sr.Config):
 
 
 def placed_data(cfg):
-    """`train_sr.sr_data`. Crops for an anchored network begin at voxels that `low` was taken from, as whole volumes do:
-    at any others it would not know where these lie."""
+    """`train_sr.sr_data`. A network on cubes is not told where the voxels that `low` was taken from lie: its crops
+    begin at one, as whole volumes do."""
     data = sr_data(cfg)
     for dataset in data:
-        if dataset and cfg.anchored:
+        if dataset and cfg.patch > 1:
             dataset.step = SCALE
     return data
 
 
 def sr_net(cfg, dataset):
-    if cfg.anchored and not cfg.sharp:
-        raise ValueError("--anchored without --sharp; it is a part of those networks; pass --patch 2 --sharp")
     net = make_net(cfg, dataset, in_channels=8, heads=cfg.heads, rounds=1, context_dim=0, levels=cfg.levels,
-                   bottom=cfg.bottom, **(dict(anchored=True) if cfg.anchored else {}))
+                   bottom=cfg.bottom)
     if cfg.init and is_new(cfg.out):
         begin_from(cfg.init, "sr", net)
     return net

@@ -16,7 +16,7 @@ from support.released import from_released, read_released
 
 # Options and arguments of networks that the paper does not have, at the values where they do nothing.
 BEYOND = dict(pooled=False, patch=1, late=0.0, cool=0.0, windows=0.0, bullae=0.0, given=0.0, sharp=False, fine=0,
-              anchored=False, warm_up=None)
+              warm_up=None)
 
 
 def tricks(options):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import beyond.train_low
 import copying
 from beyond.nets import Extended, Sharp, sharpened, statistics, to_depth, to_space
-from data import CHANNELS, cases, encode, upsample
+from data import CHANNELS, cases, encode
 from diffusion import alpha_bar, loss, q_sample
 from support.slabs import by_slabs
 from support.weights import load_stages
@@ -33,16 +33,9 @@ def volumes(phantoms):
                         for case in cases(phantoms)[:4]])
 
 
-def sharp(volumes, fine, **more):
+def sharp(volumes, fine):
     torch.manual_seed(0)
-    return Sharp(8, fine=fine, std=statistics([(0, x) for x in volumes], 2), **OPTIONS, **more)
-
-
-def beside_low(volumes):
-    """A network of stage 2, and what it sees of the first chest beside noise.   -> net, (1,8,32,32,32), its low half"""
-    net, low = sharp(volumes, 0, in_channels=8, anchored=True), upsample(volumes[:1, ..., ::4, ::4, ::4])
-    noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(0))
-    return net.eval(), torch.cat([low, noise], 1), low
+    return Sharp(8, fine=fine, std=statistics([(0, x) for x in volumes], 2), **OPTIONS)
 
 
 def test_what_has_learned_cubes_alone_returns_the_best_average_with_what_it_sees(volumes):
@@ -84,25 +77,6 @@ def test_slabs_of_it_give_the_whole_volume(volumes, fine):
         whole = net(volumes[:1], t)
         by_slabs(net, 5, Block)
         assert error(net(volumes[:1], t), whole) < 5e-5
-
-
-def test_slabs_of_an_anchored_one_give_the_whole_volume(volumes):
-    (net, seen, _), t = beside_low(volumes), torch.tensor([0.4])
-    torch.nn.init.normal_(net.out.weight, std=0.1)
-    with torch.no_grad():
-        whole = net(seen, t)
-        by_slabs(net, 5, Block)
-        assert error(net(seen, t), whole) < 5e-5
-
-
-def test_an_anchored_one_begins_as_its_low_resolution_volume_interpolated(volumes):
-    net, seen, low = beside_low(volumes)
-    with torch.no_grad():
-        made = net(seen, torch.tensor([1.0]))            # noise is worth 1e-4 * std^2 there
-    every = (..., *[slice(None, None, 4)] * 3)
-    assert error(made[every], low[every]) < 0.01
-    middle = (low[..., :-4:4, ::4, ::4] + low[..., 4::4, ::4, ::4]) / 2
-    assert error(made[..., 2:-4:4, ::4, ::4], middle) < 0.01
 
 
 @pytest.mark.parametrize("fine", [0, 8])

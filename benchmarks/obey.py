@@ -24,6 +24,7 @@ memory        distance from samples to their nearest training phantom, beside th
 import argparse
 import json
 import sys
+from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -326,7 +327,8 @@ def run(args):
         else:
             table = {"anatomy": anatomy, "segmentation": segmentation}[part](model, args.n_full)
         arguments = {k: v for k, v in vars(args).items() if k != "out"}
-        found[part] = dict(table=table, step=model.step, asked=asked, arguments=arguments, sampling=model.s)
+        found[part] = dict(table=table, step=model.step, asked=asked, arguments=arguments, sampling=model.s,
+                           date=date.today().isoformat())
         write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode())
     print(f"wrote {', '.join(args.parts)} to {store}")
 

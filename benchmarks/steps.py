@@ -15,6 +15,7 @@ Students (beyond/distill.py) are measured in their own steps.
 import json
 import sys
 from argparse import Namespace
+from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -134,7 +135,7 @@ def main(argv=None):
                              weights=model.sha256["low" if stage == "stage 1" else "sr"])
             mine = found.setdefault(name, {}).get(stage, {})
             if mine.get("arguments") != arguments:
-                mine = found[name][stage] = dict(arguments=arguments, table={})
+                mine = found[name][stage] = dict(arguments=arguments, date=date.today().isoformat(), table={})
             measure(model, stage, n, mine["table"],
                     lambda: write_atomic(store, (json.dumps(found, indent=1, default=float) + "\n").encode()),
                     args.out / f"steps-{name}.part")

@@ -1,8 +1,9 @@
 #!/bin/sh
 # All tables of docs/measuring.md and docs/speed.md that hang on the shipped weights, in the steps that these name:
 #     sh benchmarks/tables.sh                  # both models; or one: sh benchmarks/tables.sh demo
-# Hours; it has not run as a whole yet. Stop it at any time: what stands in the JSON files for these weights is not
-# measured again. Without the training phantoms, in data/train and data/train256, `memory` is left out.
+# Hours. Stop it at any time: what stands in the JSON files for these weights is not measured again. At the end
+# tables.py writes them into the pages. Without the training phantoms, in data/train and data/train256, `memory` is
+# left out.
 set -u
 cd "$(dirname "$0")/.."
 PY=${PYTHON:-python}
@@ -23,3 +24,4 @@ for model in ${*:-demo demo-256}; do
     [ ! -d "$memory" ] || obey --parts memory --n 16 --data "$memory"
     $PY benchmarks/steps.py --model checkpoints/$model --n-full $detail || exit
 done
+$PY benchmarks/tables.py

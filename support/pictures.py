@@ -22,35 +22,40 @@ def save(fig, path, **options):
 
 
 def picture(path, volumes, titles, caption="", fov=(1, 1, 1), channels=FULL):
-    """Rows of axial, coronal and sagittal planes through the middle of the airway (without one, of the volume), in the
-    whole HU window, masks outlined: lobes yellow, airway cyan, vessels red.
-
-    volumes: list of (C,D,H,W) in [-1,1]   titles: one a row   fov: mm of a volume along D, H, W   channels: what the
-    C are. Radiological view: the patient's right is on the left.
-    """
+    """Rows of planes, one a volume.   volumes: list of (C,D,H,W) in [-1,1]   titles: one a row   others: `planes`"""
     size = (9, 3 * len(volumes) + 0.3 * bool(caption))
     fig, axes = pyplot().subplots(len(volumes), 3, figsize=size, squeeze=False, facecolor="black")
     for row, x, title in zip(axes, volumes, titles):
-        x = np.asarray(x, np.float32)
-        D, H, W = x.shape[1:]
-        air = np.argwhere(x[channels.index("airway")] > 0) if "airway" in channels else ()
-        d, h = np.median(air[:, :2], axis=0).astype(int) if len(air) else (D // 2, H // 2)
-        w = W // 2
-        aspects = [(fov[1] / H) / (fov[2] / W), (fov[0] / D) / (fov[2] / W), (fov[0] / D) / (fov[1] / H)]
-        planes = [x[:, d, ::-1], x[:, ::-1, h], x[:, ::-1, :, w][..., ::-1]]   # anterior up; superior up; anterior left
-        for ax, plane, aspect, name in zip(row, planes, aspects, ("axial", "coronal", "sagittal")):
-            seen = dict(zip(channels, plane))
-            ax.imshow(plane[0], cmap="gray", vmin=-1, vmax=1, aspect=aspect)
-            for mask, color in OUTLINES.items():
-                levels = [-0.8, -0.4, 0, 0.4, 0.8] if mask == "lobe" else [0]
-                if mask in seen and seen[mask].max() > levels[0] > seen[mask].min():
-                    ax.contour(seen[mask], levels, colors=color, linewidths=0.6)
-            ax.set_axis_off()
-            words = f"{title}, {name}" if ax is row[0] else name
-            ax.set_title(words, color="white", fontsize=8, parse_math=False)   # a file's name may hold a $
+        planes(row, x, title, fov, channels)
     fig.text(0.01, 0.005, caption, color="white", fontsize=7, parse_math=False)
     fig.tight_layout()
     save(fig, path, facecolor="black")
+
+
+def planes(axes, x, title, fov=(1, 1, 1), channels=FULL):
+    """Axial, coronal and sagittal plane through the middle of the airway (without one, of the volume), as many as there
+    are axes, in the whole HU window, masks outlined: lobes yellow, airway cyan, vessels red.
+
+    x: (C,D,H,W) in [-1,1]   fov: mm of the volume along D, H, W   channels: what the C are. Radiological view: the
+    patient's right is on the left.
+    """
+    x = np.asarray(x, np.float32)
+    D, H, W = x.shape[1:]
+    air = np.argwhere(x[channels.index("airway")] > 0) if "airway" in channels else ()
+    d, h = np.median(air[:, :2], axis=0).astype(int) if len(air) else (D // 2, H // 2)
+    w = W // 2
+    aspects = [(fov[1] / H) / (fov[2] / W), (fov[0] / D) / (fov[2] / W), (fov[0] / D) / (fov[1] / H)]
+    cuts = [x[:, d, ::-1], x[:, ::-1, h], x[:, ::-1, :, w][..., ::-1]]     # anterior up; superior up; anterior left
+    for ax, plane, aspect, name in zip(axes, cuts, aspects, ("axial", "coronal", "sagittal")):
+        seen = dict(zip(channels, plane))
+        ax.imshow(plane[0], cmap="gray", vmin=-1, vmax=1, aspect=aspect)
+        for mask, color in OUTLINES.items():
+            levels = [-0.8, -0.4, 0, 0.4, 0.8] if mask == "lobe" else [0]
+            if mask in seen and seen[mask].max() > levels[0] > seen[mask].min():
+                ax.contour(seen[mask], levels, colors=color, linewidths=0.6)
+        ax.set_axis_off()
+        words = f"{title}, {name}" if ax is axes[0] else name
+        ax.set_title(words, color="white", fontsize=8, parse_math=False)   # a file's name may hold a $
 
 
 def histogram(path, groups, label):

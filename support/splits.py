@@ -25,10 +25,13 @@ def read_split(path):
 
 
 def write_split(folder, names, seed=None):
-    """By one process, whole or not at all; a folder that others may only read has none."""
+    """By one process of a run, whole or not at all; a folder that others may only read has none. Both trainers may
+    begin at once, so each writes a file of its own first."""
+    mine = Path(folder) / f"split.{os.getpid()}.json"
     if int(os.environ.get("RANK", 0)) == 0:
         with contextlib.suppress(PermissionError):
-            write_atomic(Path(folder) / "split.json", json.dumps(dict(held_out=sorted(names), seed=seed)).encode())
+            write_atomic(mine, json.dumps(dict(held_out=sorted(names), seed=seed)).encode())
+            mine.replace(mine.with_name("split.json"))
 
 
 def held_out_patients(folder, folders, holdout, out):

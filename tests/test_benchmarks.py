@@ -16,6 +16,7 @@ import growth
 import obey
 import phantom
 import steps
+import tables
 from data import CHANNELS
 from reference import Reference
 from unet3d import UNet3D
@@ -198,3 +199,10 @@ def test_a_stopped_measurement_of_detail_goes_on(monkeypatch, tmp_path):
     assert table["a"] == {"dice airway": 1.0, "FID, random features": pytest.approx(0, abs=1e-6)} and made == [0, 1, 2]
     detail.detail(Model, 2, {"b": {}}, part)                             # another way of sampling is measured anew
     assert made == [0, 1, 2, 0, 1]
+
+
+def test_tables_in_the_documentation_are_those_of_the_json_files():
+    for name in tables.PAGES:
+        page = (tables.ROOT / name).read_text(encoding="utf-8")
+        assert len(tables.TABLE.findall(page)) > 0 or name == "docs/measuring.md"
+        assert tables.filled(page) == page, f"{name}: run `python benchmarks/tables.py`"

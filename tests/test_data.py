@@ -2,6 +2,7 @@
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 
@@ -15,6 +16,7 @@ from data import Cases, decode, encode, grid_affine, split_cases, to_model
 from support.anatomy import box_center
 from support.checks import load_channel
 from support.nifti import load_nifti, resample, save_nifti
+from support.splits import held_out_patients
 
 L = np.zeros((40, 30, 36), np.uint8)             # an L: no rotation or reflection maps it onto itself
 L[8:30, 8:13, 9:14] = 1
@@ -392,6 +394,26 @@ def test_a_chest_is_trained_on_or_held_out(phantoms, tmp_path):
         with pytest.raises(ValueError, match="a trainer needs cases"):
             split_cases(tmp_path, holdout)
         assert not (tmp_path / "split.json").exists()
+
+
+def test_two_trainers_that_begin_at_once_write_one_split(tmp_path):
+    processes = multiprocessing.get_context("fork")
+    both, found = processes.Barrier(2, timeout=20), processes.Queue()
+
+    def begin():
+        for i in range(100):
+            both.wait()
+            found.put(held_out_patients(tmp_path / str(i), [tmp_path / "a", tmp_path / "b"], 1, ""))
+
+    for i in range(100):
+        (tmp_path / str(i)).mkdir()
+    trainers = [processes.Process(target=begin, daemon=True) for _ in range(2)]
+    for trainer in trainers:
+        trainer.start()
+    assert [found.get(timeout=30) for _ in range(200)] == [{"b"}] * 200
+    for trainer in trainers:
+        trainer.join()
+    assert all([f.name for f in (tmp_path / str(i)).iterdir()] == ["split.json"] for i in range(100))
 
 
 def test_one_split_holds_for_all_who_read_the_folder(phantoms, tmp_path):

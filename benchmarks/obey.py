@@ -46,12 +46,13 @@ from support.checks import array_of
 from support.cli import Parser, choose_device, exits, keep_memory
 from support.files import write_atomic
 from support.pictures import dots
-from support.sampling import SAMPLING, check_sampling, ready
+from support.sampling import OF_STAGE_2, SAMPLING, check_sampling, ready
 from support.weights import load_stages
 from unet3d import Block, UNet3D
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("copy", "text", "full", "anatomy", "segmentation", "detail", "memory", "reading")   # reading harms the encoder
+OF_STAGE_1 = ("text", "memory", "reading")                               # these stand when stage 2 changes
 
 
 class Model:
@@ -302,8 +303,11 @@ def run(args):
     store = args.out / "obey.json"
     found = json.loads(store.read_text()) if store.exists() else {}      # parts may be run one by one
     for part in (p for p in PARTS if p in args.parts):
-        asked = dict(weights=model.sha256, sampling={k: model.s.get(k) for k in SAMPLING}, seed=args.seed, n=args.n,
-                     n_full=args.n_full)
+        weights, sampling = dict(model.sha256), {k: model.s.get(k) for k in SAMPLING}
+        if part in OF_STAGE_1:
+            weights.pop("sr", None)
+            sampling = {k: v for k, v in sampling.items() if k not in OF_STAGE_2}
+        asked = dict(weights=weights, sampling=sampling, seed=args.seed, n=args.n, n_full=args.n_full)
         if found.get(part, {}).get("asked") == json.loads(json.dumps(asked)):
             print(f"{part}: was measured so already; it stands in {store}")
             continue

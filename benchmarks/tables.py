@@ -37,14 +37,14 @@ def p_value(r, name, who):
 
 
 def ratio(r, name):
-    return r.get(f"{name} ratio", inf)                                   # none at all where none was asked for
+    return r.get(f"{name} ratio", inf)                                   # there was none where none was asked for
 
 
 TEXT = (
     ("effusion, mL: none → large (table 2)",
      lambda r, who: "{effusion none, mL:.0f} ± {effusion none, sd:.0f} → {effusion large, mL:.0f} ± "
                     "{effusion large, sd:.0f}",
-     lambda r: wanted("ratio 20", f"{ratio(r, 'effusion'):.0f}", ratio(r, "effusion") >= 20)),
+     lambda r: wanted("ratio 20", f"{ratio(r, 'effusion'):.0f}".replace("inf", "∞"), ratio(r, "effusion") >= 20)),
     ("highest where none was asked for, lowest where a large one was",
      lambda r, who: "{effusion highest none, mL:.0f}, {effusion lowest large, mL:.0f}",
      lambda r: wanted("no overlap", f"{r['effusion lowest large, mL'] - r['effusion highest none, mL']:.0f} mL apart",
@@ -84,9 +84,9 @@ def segmentation(found):
     least, lines = {"airway": 0.75, "lobe": 0.85}, []
     for c, name in names.items():
         without, given = (found["table"][f"{who} report"][f"dice {c}"] for who in ("without", "with"))
-        better = f"{'' if given > without else 'no '}better with the report"
         lines.append([name, f"{without:.3f}", f"{given:.3f}",
-                      wanted(str(least[c]), better, max(without, given) >= least[c]) if c in least else "-"])
+                      wanted(str(least[c]), f"{given - without:+.3f} with the report", max(without, given) >= least[c])
+                      if c in least else "-"])
     return rows([f"a CT's masks (table 5), Dice, {found['arguments']['n_full']} phantoms", "without its report",
                  "with it", "wanted"], lines)
 
@@ -156,7 +156,8 @@ def table(model, part):
     found = json.loads((ROOT / OBEYED[model]).read_text())[part]
     a, s = found["arguments"], found["sampling"]
     how = (f"`python benchmarks/obey.py --model checkpoints/{model} --seed {a['seed']} --n {a['n']} "
-           f"--n-full {a['n_full']} --parts {part}`, {s['low_steps']} + {s['sr_steps']} steps, {found['date']}.\n")
+           f"--n-full {a['n_full']} --low-steps {s['low_steps']} --sr-steps {s['sr_steps']} --parts {part}`, "
+           f"{found['date']}.\n")
     return KINDS[part](found) + how
 
 

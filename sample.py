@@ -129,7 +129,7 @@ def sample(args):
     check_free(out, names, WRITTEN, args.overwrite)
 
     if not args.slab:                                    # faster; with --slab memory matters more
-        keep_memory()
+        keep_memory(room=8e9)
     stages = load(args)
     s, grid, channels = settings(args, stages), *(stages["low"][1][k] for k in ("grid", "channels"))
     full = SCALE * grid

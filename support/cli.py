@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -133,12 +134,25 @@ def fast_bfloat16(device):
     return has.get("amx_bf16", False) or has.get("avx512_bf16", False)
 
 
-def keep_memory():
+def keep_memory(room=0):
     """Let glibc keep the memory of freed tensors. It would return it to the system, which zeroes every page again at
-    the next allocation: a quarter of the time of everything on a CPU. Elsewhere (no mallopt) nothing happens."""
+    the next allocation: a quarter of the time of everything on a CPU. But what is kept is in pieces, and the whole
+    larger by up to a half: it is not done where less than `room` bytes are free. Elsewhere (no mallopt) nothing happens
+    """
+    if free_memory() < room:
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
     mallopt(-4, 0)                                                     # M_MMAP_MAX: large blocks come from the heap too
     mallopt(-1, 2**31 - 1)                                               # M_TRIM_THRESHOLD: which is not given back
+
+
+def free_memory():
+    """Bytes that programs can have without swapping, as Linux tells; elsewhere, where that is not known, infinite."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else float("inf")
 
 
 def release_memory():

@@ -1,11 +1,13 @@
 """The plumbing: how programs end, options as they may be typed, files that appear whole or not at all."""
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from support import weights
+from support import cli, weights
 from support.cli import Parser, exits, hyphens
 from support.files import whole_folder, write_atomic
 from support.weights import build, tricks, without_idle
@@ -60,6 +62,20 @@ def test_what_is_abbreviated_or_wrong_is_one_line(typed, capsys):
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("error: ") and err.endswith("see program --help\n")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("free, kept", [(7e9, 0), (9e9, 2)])
+def test_freed_memory_is_kept_only_where_there_is_room_for_it(free, kept, monkeypatch):
+    told = []
+    monkeypatch.setattr(cli, "free_memory", lambda: free)
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *option: told.append(option)))
+    cli.keep_memory(room=8e9)
+    assert len(told) == kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="told by Linux alone")
+def test_free_memory_is_what_the_system_says():
+    assert 0 < cli.free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_a_file_is_whole_or_the_old_one(tmp_path):

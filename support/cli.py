@@ -137,8 +137,7 @@ def fast_bfloat16(device):
 def keep_memory(room=0):
     """Let glibc keep the memory of freed tensors. It would return it to the system, which zeroes every page again at
     the next allocation: a quarter of the time of everything on a CPU. But what is kept is in pieces, and the whole
-    larger by up to a half: it is not done where less than `room` bytes are free. Elsewhere (no mallopt) nothing happens
-    """
+    larger by up to a half: it is not done where less than `room` bytes are free. Without mallopt nothing happens."""
     if free_memory() < room:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
